@@ -1,0 +1,15 @@
+//! The filesystem: POSIX operations by node id on our own types ([`Filesystem`](core::Filesystem)), and the thin adapter that
+//! speaks `fuser` ([`adapter`]). Nothing but the adapter and the session knows that FUSE exists.
+//!
+//! - [`inode`] node ids, where each object is in the backing tree, its open descriptor and state;
+//! - [`core`] the shared part; [`namespace`] names; [`data`] contents; [`attributes`] stat and xattrs;
+//! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
+
+pub mod adapter;
+pub mod attributes;
+pub mod core;
+pub mod data;
+pub mod errno;
+pub mod inode;
+pub mod namespace;
+pub mod session;

@@ -1,0 +1,481 @@
+//! `fuser` on one side, [`Filesystem`] on the other: decodes, calls, replies. The only room that names fuser's reply types.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::attributes::{Attributes, Changes, SetTime, Type};
+use super::core::{Caller, Filesystem, Outcome};
+use super::errno::Failed;
+use crate::volume::storage;
+
+/// Nobody else changes the volume while it is mounted (its lock sees to that), so what the kernel knows stays true.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Largest write and read: what the kernel allows at most (`fs.fuse.max_pages_limit`, 256 pages).
+const MAX_REQUEST: u32 = 1 << 20;
+
+thread_local! {
+    /// Plaintext of one read reply.
+    static PLAIN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The filesystem as fuser wants it.
+pub struct Adapter {
+    fs: Arc<Filesystem>,
+    no_open: bool,
+    no_opendir: bool,
+}
+
+impl Adapter {
+    /// Around a filesystem.
+    pub fn new(fs: Arc<Filesystem>) -> Self {
+        Self { fs, no_open: false, no_opendir: false }
+    }
+
+    /// What every operation begins with: counting, and refusing once the keys are gone.
+    fn enter(&self) -> Outcome<()> {
+        self.fs.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.fs.check_open()
+    }
+}
+
+fn caller(req: &Request) -> Caller {
+    Caller { uid: req.uid(), gid: req.gid() }
+}
+
+fn errno(failed: Failed) -> Errno {
+    Errno::from_i32(failed.errno())
+}
+
+fn time(seconds: i64, nanoseconds: u64) -> SystemTime {
+    let nanoseconds = Duration::from_nanos(nanoseconds);
+    match u64::try_from(seconds) {
+        Ok(after) => SystemTime::UNIX_EPOCH + Duration::from_secs(after) + nanoseconds,
+        Err(_) => SystemTime::UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()) + nanoseconds,
+    }
+}
+
+fn file_type(kind: Type) -> FileType {
+    match kind {
+        Type::Regular => FileType::RegularFile,
+        Type::Directory => FileType::Directory,
+        Type::Symlink => FileType::Symlink,
+        Type::Fifo => FileType::NamedPipe,
+        Type::Socket => FileType::Socket,
+        Type::CharDevice => FileType::CharDevice,
+        Type::BlockDevice => FileType::BlockDevice,
+    }
+}
+
+fn attr(attributes: &Attributes) -> FileAttr {
+    let stat = &attributes.stat;
+    FileAttr {
+        ino: INodeNo(attributes.ino),
+        size: attributes.size,
+        blocks: stat.st_blocks as u64,
+        atime: time(stat.st_atime, stat.st_atime_nsec as u64),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec as u64),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec as u64),
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: file_type(attributes.kind),
+        perm: (stat.st_mode & 0o7777) as u16,
+        nlink: stat.st_nlink as u32,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        rdev: attributes.device as u32,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+fn set_time(time: TimeOrNow) -> SetTime {
+    match time {
+        TimeOrNow::SpecificTime(time) => SetTime::To(time),
+        TimeOrNow::Now => SetTime::Now,
+    }
+}
+
+fn reply_entry(reply: ReplyEntry, outcome: Outcome<Attributes>) {
+    match outcome {
+        Ok(found) => reply.entry(&FOREVER, &attr(&found), Generation(0)),
+        Err(failed) => reply.error(errno(failed)),
+    }
+}
+
+fn reply_attr(reply: ReplyAttr, outcome: Outcome<Attributes>) {
+    match outcome {
+        Ok(found) => reply.attr(&FOREVER, &attr(&found)),
+        Err(failed) => reply.error(errno(failed)),
+    }
+}
+
+fn reply_empty(reply: ReplyEmpty, outcome: Outcome<()>) {
+    match outcome {
+        Ok(()) => reply.ok(),
+        Err(failed) => reply.error(errno(failed)),
+    }
+}
+
+/// A value in the two-step manner of getxattr(2): its length for `size` 0, else the value or `ERANGE`.
+fn reply_value(reply: ReplyXattr, size: u32, outcome: Outcome<Vec<u8>>) {
+    match outcome {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(failed) => reply.error(errno(failed)),
+    }
+}
+
+impl fuser::Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // One at a time: an older kernel lacks some, and each stands on its own.
+        let mut wanted = vec![
+            InitFlags::FUSE_WRITEBACK_CACHE,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+        ];
+        if self.fs.acl {
+            wanted.extend([InitFlags::FUSE_POSIX_ACL, InitFlags::FUSE_DONT_MASK]);
+        }
+        for flag in wanted {
+            if config.add_capabilities(flag).is_err() {
+                tracing::info!(?flag, "the kernel does not offer this");
+            }
+        }
+        // ENOSYS to OPEN and OPENDIR means "never ask again" only to a kernel that said so.
+        self.no_open = config.add_capabilities(InitFlags::FUSE_NO_OPEN_SUPPORT).is_ok();
+        self.no_opendir = config.add_capabilities(InitFlags::FUSE_NO_OPENDIR_SUPPORT).is_ok();
+        let _ = config.set_max_write(MAX_REQUEST);
+        let _ = config.set_max_background(64);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.enter().and_then(|()| self.fs.lookup(parent.0, name.as_bytes())) {
+            Ok(Some(found)) => reply.entry(&FOREVER, &attr(&found), Generation(0)),
+            Ok(None) => reply.entry(&FOREVER, &nothing(), Generation(0)),
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.fs.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        // The root's attributes stay available after a seal, so that the mount can be looked at and unmounted.
+        let allowed = if ino.0 == super::inode::ROOT { Ok(()) } else { self.enter() };
+        reply_attr(reply, allowed.and_then(|()| self.fs.getattr(ino.0)));
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let changes =
+            Changes { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
+        reply_attr(reply, self.enter().and_then(|()| self.fs.setattr(caller(req), ino.0, changes)));
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.enter().and_then(|()| self.fs.readlink(ino.0)) {
+            Ok(target) => reply.data(&target),
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let made =
+            self.enter().and_then(|()| self.fs.mknod(caller(req), parent.0, name.as_bytes(), mode, umask, rdev));
+        reply_entry(reply, made);
+    }
+
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        let made = self.enter().and_then(|()| self.fs.mkdir(caller(req), parent.0, name.as_bytes(), mode, umask));
+        reply_entry(reply, made);
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.enter().and_then(|()| self.fs.unlink(parent.0, name.as_bytes())));
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.enter().and_then(|()| self.fs.rmdir(parent.0, name.as_bytes())));
+    }
+
+    fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let target = target.as_os_str().as_bytes();
+        let made = self.enter().and_then(|()| self.fs.symlink(caller(req), parent.0, name.as_bytes(), target));
+        reply_entry(reply, made);
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let flags = storage::RenameFlags::from_bits_retain(flags.bits());
+        let renamed = self
+            .enter()
+            .and_then(|()| self.fs.rename(parent.0, name.as_bytes(), newparent.0, newname.as_bytes(), flags));
+        reply_empty(reply, renamed);
+    }
+
+    fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        reply_entry(reply, self.enter().and_then(|()| self.fs.link(ino.0, newparent.0, newname.as_bytes())));
+    }
+
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.enter() {
+            Err(failed) => reply.error(errno(failed)),
+            Ok(()) if self.no_open => reply.error(Errno::ENOSYS),
+            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+        }
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.enter() {
+            Err(failed) => reply.error(errno(failed)),
+            Ok(()) if self.no_opendir => reply.error(Errno::ENOSYS),
+            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        if let Err(failed) = self.enter() {
+            return reply.error(errno(failed));
+        }
+        PLAIN.with_borrow_mut(|plain| {
+            let size = size as usize;
+            if plain.len() < size {
+                plain.resize(size, 0);
+            }
+            // A seal between reading and replying must not let plaintext out.
+            match self.fs.read(ino.0, offset, &mut plain[..size]).and_then(|n| self.fs.check_open().map(|()| n)) {
+                Ok(n) => reply.data(&plain[..n]),
+                Err(failed) => reply.error(errno(failed)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.enter().and_then(|()| self.fs.write(ino.0, offset, data, kill)) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        // "Not needed, do not ask again": the kernel writes dirty pages out before.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        reply_empty(reply, self.enter().and_then(|()| self.fs.fsync(ino.0, datasync)));
+    }
+
+    fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        reply_empty(reply, self.enter().and_then(|()| self.fs.fsync(ino.0, datasync)));
+    }
+
+    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let read = self.enter().and_then(|()| {
+            self.fs.readdir(ino.0, offset, false, |entry| {
+                !reply.add(INodeNo(entry.ino), entry.next, file_type(entry.kind), OsStr::from_bytes(&entry.name))
+            })
+        });
+        match read {
+            Ok(()) => reply.ok(),
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let read = self.enter().and_then(|()| {
+            self.fs.readdir(ino.0, offset, true, |entry| {
+                let name = OsStr::from_bytes(&entry.name);
+                let attributes = match &entry.found {
+                    Some(found) => attr(found),
+                    // The kernel takes only number and type of these two (fuse_direntplus_link).
+                    None if matches!(entry.name.as_slice(), b"." | b"..") => {
+                        FileAttr { ino: INodeNo(entry.ino), kind: FileType::Directory, ..nothing() }
+                    }
+                    // Not to be believed, and reported: not shown.
+                    None => return true,
+                };
+                let full = reply.add(attributes.ino, entry.next, name, &FOREVER, &attributes, Generation(0));
+                if let (true, Some(found)) = (full, &entry.found) {
+                    self.fs.forget(found.ino, 1);
+                }
+                !full
+            })
+        });
+        match read {
+            Ok(()) => reply.ok(),
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.fs.statfs() {
+            Ok(fs) => reply.statfs(
+                fs.f_blocks,
+                fs.f_bfree,
+                fs.f_bavail,
+                fs.f_files,
+                fs.f_ffree,
+                fs.f_bsize as u32,
+                crate::volume::format::NAME_MAX as u32,
+                fs.f_frsize as u32,
+            ),
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(reply, self.enter().and_then(|()| self.fs.setxattr(ino.0, name, value, flags)));
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        reply_value(reply, size, self.enter().and_then(|()| self.fs.getxattr(ino.0, name)));
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_value(reply, size, self.enter().and_then(|()| self.fs.listxattr(ino.0)));
+    }
+
+    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.enter().and_then(|()| self.fs.removexattr(ino.0, name)));
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let exclusive = flags & libc::O_EXCL != 0;
+        let made = self
+            .enter()
+            .and_then(|()| self.fs.create(caller(req), parent.0, name.as_bytes(), mode, umask, exclusive))
+            .and_then(|made| match flags & libc::O_TRUNC {
+                0 => Ok(made),
+                _ if made.size == 0 => Ok(made),
+                _ => {
+                    let changes = Changes { size: Some(0), ..Changes::default() };
+                    self.fs.setattr(caller(req), made.ino, changes).inspect_err(|_| self.fs.forget(made.ino, 1))
+                }
+            });
+        match made {
+            Ok(made) => {
+                reply.created(&FOREVER, &attr(&made), Generation(0), FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+            }
+            Err(failed) => reply.error(errno(failed)),
+        }
+    }
+}
+
+/// A reply that says "there is no such entry, and you may remember that" (node id 0).
+fn nothing() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: SystemTime::UNIX_EPOCH,
+        mtime: SystemTime::UNIX_EPOCH,
+        ctime: SystemTime::UNIX_EPOCH,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}

@@ -1,0 +1,127 @@
+//! Contents: read, write, resize, fsync.
+
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::core::{Filesystem, Outcome};
+use super::errno::Failed;
+use super::inode::{Inode, Kind};
+use crate::volume::file::FileState;
+use crate::volume::storage;
+
+impl Filesystem {
+    /// Reads into `out`; fewer bytes only at the end of the file.
+    ///
+    /// # Errors
+    /// `EIO` for anything not authentic; the backing filesystem's.
+    pub fn read(&self, ino: u64, offset: u64, out: &mut [u8]) -> Outcome<usize> {
+        let inode = self.inode(ino)?;
+        let (state, open) = self.file(&inode)?;
+        let Some(state) = state.as_ref() else { return Err(Failed::raw(libc::EIO)) };
+        let n = state
+            .read(&self.volume, open.fd.as_fd(), offset, out)
+            .map_err(|error| self.failed(&inode, error))?;
+        self.counters.read.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(n)
+    }
+
+    /// Writes all of `data`. `kill_privileges`: the writer lacks CAP_FSETID.
+    ///
+    /// # Errors
+    /// The backing filesystem's; `EIO` where part of a damaged block would have to be kept.
+    pub fn write(&self, ino: u64, offset: u64, data: &[u8], kill_privileges: bool) -> Outcome<()> {
+        let inode = self.inode(ino)?;
+        {
+            let (mut guard, open) = self.file_mut(&inode)?;
+            let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
+            if !open.writable {
+                return Err(Failed::raw(libc::EROFS));
+            }
+            let was_unsealed = state.unsealed();
+            let written = state.write(&self.volume, open.fd.as_fd(), offset, data);
+            if state.unsealed() {
+                self.changed(&inode, was_unsealed);
+            }
+            written.map_err(|error| self.failed(&inode, error))?;
+        }
+        if kill_privileges {
+            self.kill_privileges(&inode)?;
+        }
+        self.counters.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// truncate. A file whose header is lost can be cut to nothing, and is then a new file.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn resize(&self, inode: &Arc<Inode>, size: u64) -> Outcome<()> {
+        let loaded = self.file_mut(inode);
+        let (mut guard, open) = match loaded {
+            Err(_) if size == 0 && inode.kind == Kind::Regular && self.volume.keys().sealed().is_none() => {
+                return self.start_over(inode);
+            }
+            other => other?,
+        };
+        let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
+        if !open.writable {
+            return Err(Failed::raw(libc::EROFS));
+        }
+        let was_unsealed = state.unsealed();
+        let resized = state.resize(&self.volume, open.fd.as_fd(), size);
+        if state.unsealed() {
+            self.changed(inode, was_unsealed);
+        }
+        resized.map_err(|error| self.failed(inode, error))
+    }
+
+    /// Replaces a damaged file, of which the caller wants nothing, by an empty one.
+    fn start_over(&self, inode: &Arc<Inode>) -> Outcome<()> {
+        let open = self.open_regular(inode)?;
+        let mut guard = inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !open.writable {
+            return Err(Failed::raw(libc::EROFS));
+        }
+        storage::set_len(open.fd.as_fd(), 0)?;
+        let state = FileState::create(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?;
+        *guard = Some(Box::new(state));
+        self.changed(inode, false);
+        Ok(())
+    }
+
+    /// fsync or fdatasync of a file or directory. The flush itself holds no lock.
+    ///
+    /// # Errors
+    /// The backing filesystem's: then nothing is promised for what was written since the last success.
+    pub fn fsync(&self, ino: u64, data_only: bool) -> Outcome<()> {
+        let inode = self.inode(ino)?;
+        match inode.kind {
+            Kind::Directory => Ok(storage::sync_fd(self.open(&inode)?.fd.as_fd())?),
+            Kind::Regular => {
+                let mark = {
+                    let (mut guard, open) = self.file_mut(&inode)?;
+                    let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
+                    if open.writable {
+                        Some(state.flushing(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(&inode, error))?)
+                    } else {
+                        None
+                    }
+                };
+                let open = self.open(&inode)?;
+                if data_only {
+                    storage::sync_data(open.fd.as_fd())?;
+                } else {
+                    storage::sync_fd(open.fd.as_fd())?;
+                }
+                if let (Some(mark), (mut guard, _)) = (mark, self.file_mut(&inode)?) {
+                    if let Some(state) = guard.as_mut() {
+                        state.flushed(mark);
+                    }
+                }
+                Ok(())
+            }
+            Kind::Symlink | Kind::Node => Err(Failed::raw(libc::EINVAL)),
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Keys of an OpenBao or Vault Transit engine, over its HTTP API.
+//!
+//! A key-encryption key is made by `datakey` and bound to its volume by the derivation `context` of a `derived` key:
+//! unlike associated data, the context survives the server's own `rewrap`. This file holds the mount host's side;
+//! [`admin`] the administrator's, [`diagnose`] what failures mean, [`classify`] the table of the server's words,
+//! [`client`] logins and addresses, [`http`] one request, [`config`] the environment.
+
+mod admin;
+mod classify;
+mod client;
+pub mod config;
+mod diagnose;
+mod http;
+mod key;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use reqwest::Method;
+use serde::Deserialize;
+use serde_json::json;
+
+use self::classify::{Meaning, classify};
+use self::client::Client;
+pub use self::config::{Config, Credentials, Secret};
+use self::diagnose::wrapped_version;
+use self::http::Reply;
+use self::key::{KeyInfo, create_command};
+use super::uri::TransitKey;
+use super::{Binding, Failure, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey, Permissions, Wrapped};
+use crate::crypto::Key32;
+
+/// One Transit key at one server: the mount host's side and the administrator's.
+pub struct Transit {
+    key: TransitKey,
+    client: Client,
+}
+
+/// A reply with a key in clear: borrowed from the reply's buffer, which is wiped.
+#[derive(Deserialize)]
+struct Plaintext<'a> {
+    plaintext: &'a str,
+    #[serde(default)]
+    ciphertext: Option<&'a str>,
+}
+
+impl Transit {
+    /// The key, at the server that this process's environment names. Contacts nothing and opens no file.
+    ///
+    /// # Errors
+    /// [`Failure::Config`] with the variable that is missing or wrong.
+    pub fn from_env(key: &TransitKey) -> Result<Self, KmsError> {
+        Ok(Self::new(key, Config::from_env()?))
+    }
+
+    /// The key, at a given server.
+    pub fn new(key: &TransitKey, config: Config) -> Self {
+        Self { key: key.clone(), client: Client::new(config) }
+    }
+
+    /// The key, for messages.
+    fn what(&self) -> String {
+        format!("Transit key {} (engine {})", self.key.key, self.key.engine)
+    }
+
+    /// The path of something that the key does.
+    fn path(&self, verb: &str) -> String {
+        format!("{}/{verb}/{}", self.key.engine, self.key.key)
+    }
+
+    fn key_path(&self) -> String {
+        self.path("keys")
+    }
+
+    /// Reads the key's description.
+    fn read_key(&self, server: Option<usize>) -> Result<(KeyInfo, Reply), KmsError> {
+        let reply = self.client.call(&Method::GET, &self.key_path(), None, server)?;
+        match classify(&reply).0 {
+            Meaning::Done => Ok((reply.data()?, reply)),
+            Meaning::Nothing => Err(KmsError::new(
+                Failure::Missing,
+                format!(
+                    "{} is not there: check the name, or have it made with `{}`",
+                    self.what(),
+                    create_command(&self.key.engine, &self.key.key)
+                ),
+            )
+            .with_detail(reply.quote())),
+            _ => Err(reply.refuse(&self.what(), "read the key")),
+        }
+    }
+
+    fn identity(&self, info: &KeyInfo, version: u32) -> Result<KeyIdentity, KmsError> {
+        let Some(key_version_created) = info.created(version) else {
+            return Err(KmsError::new(
+                Failure::Protocol,
+                format!("{} does not tell when its version {version} was made: try again", self.what()),
+            ));
+        };
+        Ok(KeyIdentity::Transit {
+            engine: self.key.engine.clone(),
+            engine_uuid: self.read_engine(None)?.0.uuid,
+            key: self.key.key.clone(),
+            namespace: self.client.namespace().to_owned(),
+            key_version: version,
+            key_version_created,
+            cluster_id: self.read_health()?.0.cluster_id,
+            key_type: info.key_type.clone(),
+        })
+    }
+
+    /// Takes the key out of a reply, straight into its own buffer.
+    fn take_key(&self, text: &str) -> Result<Key32, KmsError> {
+        Key32::fill_with(|bytes| match STANDARD.decode_slice(text, bytes) {
+            Ok(32) => Ok(()),
+            _ => Err(()),
+        })
+        .map_err(|()| {
+            KmsError::new(Failure::Protocol, format!("{} gave something that is not a 256-bit key", self.what()))
+        })
+    }
+}
+
+impl KeySource for Transit {
+    fn make(&self, binding: &Binding) -> Result<MadeKey, KmsError> {
+        let (mut info, _) = self.read_key(None)?;
+        info.check_suitable(&self.what(), &self.key.engine, &self.key.key)?;
+        for warning in info.warnings() {
+            tracing::warn!(key = %self.what(), "{warning}");
+        }
+        let body = json!({ "bits": 256, "context": STANDARD.encode(binding.bytes()) });
+        let reply = self.client.call(&Method::POST, &self.path("datakey/plaintext"), Some(&body), None)?;
+        if classify(&reply).0 != Meaning::Done {
+            return Err(reply.refuse(&self.what(), "make keys"));
+        }
+        let made: Plaintext<'_> = reply.data()?;
+        let key = self.take_key(made.plaintext)?;
+        let wrapped = Wrapped(made.ciphertext.unwrap_or_default().to_owned());
+        let Some(version) = wrapped_version(&wrapped) else {
+            return Err(KmsError::new(
+                Failure::Protocol,
+                format!("{} gave a wrapped key without its version", self.what()),
+            ));
+        };
+        if info.created(version).is_none() {
+            // The key was rotated between the two requests.
+            info = self.read_key(None)?.0;
+        }
+        let identity = self.identity(&info, version)?;
+        Ok(MadeKey { key, wrapped, identity })
+    }
+
+    fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, identity: &KeyIdentity) -> Result<Key32, KmsError> {
+        let body = json!({ "ciphertext": wrapped.0, "context": STANDARD.encode(binding.bytes()) });
+        let reply = self.client.call(&Method::POST, &self.path("decrypt"), Some(&body), None)?;
+        if classify(&reply).0 != Meaning::Done {
+            return Err(self.explain(&reply, binding, wrapped, identity));
+        }
+        self.take_key(reply.data::<Plaintext<'_>>()?.plaintext)
+    }
+
+    fn describe(&self) -> Result<KeyDescription, KmsError> {
+        let (info, _) = self.read_key(None)?;
+        Ok(KeyDescription {
+            identity: self.identity(&info, info.latest_version)?,
+            quantum_durable: info.quantum_durable(),
+            warnings: info.warnings(),
+            deletion_allowed: info.deletion_allowed,
+        })
+    }
+
+    fn permissions(&self) -> Result<Permissions, KmsError> {
+        let paths = [
+            (self.path("datakey/plaintext"), "update"),
+            (self.path("decrypt"), "update"),
+            (self.key_path(), "read"),
+            (format!("{}/soft-delete", self.key_path()), "delete"),
+            (self.key_path(), "delete"),
+        ];
+        let body = json!({ "paths": paths.iter().map(|(path, _)| path).collect::<Vec<_>>() });
+        let reply = self.client.call(&Method::POST, "sys/capabilities-self", Some(&body), None)?;
+        let granted: Option<std::collections::BTreeMap<String, serde_json::Value>> = match classify(&reply).0 {
+            Meaning::Done => Some(reply.data()?),
+            // A token without the default policy may not even ask.
+            Meaning::NotGranted => None,
+            _ => return Err(reply.refuse(&self.what(), "tell what is allowed")),
+        };
+        let [make, unwrap, describe, suspend, destroy] = paths.map(|(path, needed)| {
+            let list = granted.as_ref()?.get(&path)?.as_array()?;
+            Some(list.iter().any(|granted| granted == needed || granted == "root"))
+        });
+        Ok(Permissions { make, unwrap, describe, suspend, destroy })
+    }
+}

@@ -1,0 +1,4 @@
+//! The only room with `unsafe`: what neither the standard library nor `rustix` offers safely. Each use says why it is sound.
+
+pub mod process;
+pub mod secret_map;

@@ -1,0 +1,206 @@
+//! The volume: format 1 on a backing directory. Knows objects, names and blocks; knows no inode numbers of FUSE, no kernel.
+//!
+//! - [`meta`] the volume file; [`format`](mod@format) constants and arithmetic;
+//! - [`header`] static and mutable headers; [`names`] encrypted names; [`content`] blocks;
+//! - [`file`] a regular file: reading, writing, floor and seal; [`dir`] directories; [`link`] symlinks; [`node`] FIFOs and
+//!   devices; [`xattr`] extended attributes;
+//! - [`storage`] every system call on the backing directory.
+
+pub mod content;
+pub mod dir;
+pub mod file;
+pub mod format;
+pub mod header;
+pub mod link;
+pub mod meta;
+pub mod names;
+pub mod node;
+pub mod storage;
+pub mod xattr;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::crypto::{ObjectId, VolumeId};
+use crate::keyring::{Keyring, KeyringError};
+use storage::Errno;
+
+/// Why an operation on the volume failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// The backing filesystem's own answer.
+    #[error("backing filesystem: {0}")]
+    Backing(#[from] Errno),
+    /// Something on disk is not what we wrote there.
+    #[error("{0}")]
+    Damaged(Damage),
+    /// The keys are not to be had.
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
+    /// A name longer than 255 bytes, a symlink target longer than 4,095, a label too long for its place.
+    #[error("name too long")]
+    NameTooLong,
+    /// A name or target that cannot be.
+    #[error("invalid name")]
+    InvalidName,
+    /// An attribute name or value that does not fit.
+    #[error("extended attribute too large")]
+    AttributeTooLarge,
+    /// A file beyond the largest size.
+    #[error("file too large")]
+    TooLarge,
+    /// An object on another filesystem than the backing root.
+    #[error("the backing tree crosses into another filesystem")]
+    CrossesDevices,
+    /// A write to a volume opened read-only.
+    #[error("read-only")]
+    ReadOnly,
+}
+
+/// What is wrong on disk, in one word for events and counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Damage {
+    /// No static header opens.
+    #[error("the header is damaged, forged, or from another volume")]
+    Header,
+    /// No mutable header opens.
+    #[error("the mutable header is damaged")]
+    MutableHeader,
+    /// A genuine header of another type of object.
+    #[error("the header belongs to another type of object")]
+    Type,
+    /// A block does not authenticate.
+    #[error("a block is damaged, moved or forged")]
+    Block,
+    /// Shorter than its floor or its sealed size.
+    #[error("the file is cut off")]
+    Truncated,
+    /// Longer than its sealed size.
+    #[error("the file is longer than it was sealed")]
+    Extended,
+    /// A name that does not decrypt, or to something that is no name.
+    #[error("a name is damaged or forged")]
+    Name,
+    /// A symlink target that does not open.
+    #[error("the symlink is damaged or forged")]
+    Link,
+    /// An extended attribute that does not open.
+    #[error("an extended attribute is damaged or forged")]
+    Attribute,
+    /// A backing object of a type that we never make.
+    #[error("an object was planted in the backing directory")]
+    Planted,
+    /// The root directory is not this volume's.
+    #[error("the root directory's header is not this volume's")]
+    Root,
+}
+
+/// An open volume.
+pub struct Volume {
+    id: VolumeId,
+    keys: Keyring,
+    root: Arc<OwnedFd>,
+    root_dir: dir::DirKeys,
+    path: PathBuf,
+    device: u64,
+    read_only: bool,
+    integrity_failures: AtomicU64,
+}
+
+impl Volume {
+    /// Makes the root directory's header in a new, empty backing directory.
+    ///
+    /// # Errors
+    /// The ring's or the backing filesystem's.
+    pub fn create_root(backing: impl AsFd, keys: &Keyring, root: ObjectId) -> Result<(), VolumeError> {
+        let keys = dir::DirKeys::make(keys, root)?;
+        storage::symlink(backing.as_fd(), format::DIR_HEADER, keys.header_text().as_bytes())?;
+        Ok(storage::sync_fd(backing.as_fd())?)
+    }
+
+    /// Opens an authenticated volume: checks the root's header against `body.root_id`, and removes the leftovers of
+    /// interrupted operations in the root unless `read_only`.
+    ///
+    /// # Errors
+    /// [`Damage::Root`], the ring's, or the backing filesystem's.
+    pub fn open(
+        backing: OwnedFd,
+        backing_path: &Path,
+        body: &meta::Body,
+        keys: Keyring,
+        read_only: bool,
+    ) -> Result<Self, VolumeError> {
+        let root_dir = dir::DirKeys::load(backing.as_fd(), &keys).map_err(|error| match error {
+            VolumeError::Damaged(_) => VolumeError::Damaged(Damage::Root),
+            VolumeError::Backing(errno) if errno == Errno::NOENT => VolumeError::Damaged(Damage::Root),
+            other => other,
+        })?;
+        if root_dir.id() != body.root_id {
+            return Err(VolumeError::Damaged(Damage::Root));
+        }
+        let device = storage::stat_fd(backing.as_fd())?.st_dev;
+        Ok(Self {
+            id: body.volume_id,
+            keys,
+            root: Arc::new(backing),
+            root_dir,
+            path: backing_path.to_owned(),
+            device,
+            read_only,
+            integrity_failures: AtomicU64::new(0),
+        })
+    }
+
+    /// The volume's id.
+    pub fn id(&self) -> VolumeId {
+        self.id
+    }
+
+    /// Its keys.
+    pub fn keys(&self) -> &Keyring {
+        &self.keys
+    }
+
+    /// The backing root.
+    pub fn root(&self) -> &Arc<OwnedFd> {
+        &self.root
+    }
+
+    /// The root directory's keys.
+    pub fn root_dir(&self) -> &dir::DirKeys {
+        &self.root_dir
+    }
+
+    /// Where the backing directory was found, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The backing filesystem's device: everything must be on it.
+    pub fn device(&self) -> u64 {
+        self.device
+    }
+
+    /// Whether nothing may be written.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Counts and reports one integrity failure. Never names a plaintext.
+    pub fn report(&self, damage: Damage, object: Option<ObjectId>, backing_ino: u64, block: Option<u64>) {
+        let count = self.integrity_failures.fetch_add(1, Ordering::Relaxed) + 1;
+        // A scan over a damaged volume would otherwise fill the disk with log lines.
+        if count <= 100 || count.is_power_of_two() {
+            let object = object.map(|id| id.to_string()).unwrap_or_default();
+            tracing::error!(%damage, object, backing_ino, ?block, count, "integrity failure");
+        }
+    }
+
+    /// Integrity failures since mount.
+    pub fn integrity_failures(&self) -> u64 {
+        self.integrity_failures.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,273 @@
+//! A file against a plain `Vec`, with reloads; and what a holder of the backing file can do to it.
+
+use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::crypto::{Key32, VolumeId};
+use crate::keyring::Keyring;
+use crate::volume::meta::{Body, KekRecord, KeyState, Scope};
+
+struct Fixture {
+    volume: Volume,
+    dir: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId([1; 16]);
+        let keys = Keyring::new(id).unwrap();
+        keys.admit(0, 1, &Key32::random().unwrap(), true).unwrap();
+        let root = ObjectId([2; 16]);
+        let fd = std::fs::File::open(dir.path()).unwrap();
+        Volume::create_root(&fd, &keys, root).unwrap();
+        let kek = KekRecord {
+            version: 1,
+            state: KeyState::Active,
+            created: String::new(),
+            commitment: String::new(),
+            slots: Vec::new(),
+        };
+        let body = Body {
+            magic: "lethefs".into(),
+            format: 1,
+            volume_id: id,
+            label: String::new(),
+            created: String::new(),
+            generation: 1,
+            incompat: Vec::new(),
+            compat: Vec::new(),
+            root_id: root,
+            scopes: vec![Scope { id: 0, current: 1, keks: vec![kek] }],
+        };
+        let volume = Volume::open(fd.into(), Path::new("/"), &body, keys, false).unwrap();
+        Self { volume, dir }
+    }
+
+    fn create(&self, name: &str) -> (OwnedFd, FileState) {
+        let fd = storage::create_file(self.volume.root().as_fd(), name, 0o600).unwrap();
+        let state = FileState::create(&self.volume, fd.as_fd()).unwrap();
+        (fd, state)
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.dir.path().join(name)).unwrap()
+    }
+
+    /// Reads the file `name` as it would be after a mount, whole.
+    fn read(&self, name: &str) -> Result<Vec<u8>, VolumeError> {
+        let fd = storage::open_file(self.volume.root().as_fd(), name, false).unwrap();
+        let state = FileState::load(&self.volume, fd.as_fd())?;
+        let mut out = vec![0; state.size() as usize];
+        let n = state.read(&self.volume, fd.as_fd(), 0, &mut out).map_err(|error| error.error)?;
+        assert_eq!(n, out.len());
+        Ok(out)
+    }
+
+    fn write_backing(&self, name: &str, bytes: &[u8]) {
+        std::fs::write(self.dir.path().join(name), bytes).unwrap();
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, usize, u8),
+    Resize(u64),
+    Read(u64, usize),
+    Sync,
+    Seal,
+    Reload,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let near = prop_oneof![0..20_000_u64, (0..5_u64, -3..3_i64).prop_map(|(b, d)| (b * 4096).saturating_add_signed(d))];
+    prop_oneof![
+        4 => (near.clone(), 1..9000_usize, 1..=255_u8).prop_map(|(at, len, byte)| Op::Write(at, len, byte)),
+        2 => near.clone().prop_map(Op::Resize),
+        3 => (near, 1..12_000_usize).prop_map(|(at, len)| Op::Read(at, len)),
+        1 => Just(Op::Sync),
+        1 => Just(Op::Seal),
+        1 => Just(Op::Reload),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #[test]
+    fn a_file_is_a_vector(ops in prop::collection::vec(op(), 1..30)) {
+        let fixture = Fixture::new();
+        let volume = &fixture.volume;
+        let (fd, mut state) = fixture.create("f");
+        let fd = fd.as_fd();
+        let mut model: Vec<u8> = Vec::new();
+        for op in ops {
+            match op {
+                Op::Write(at, len, byte) => {
+                    let data: Vec<u8> = (0..len).map(|n| byte.wrapping_add(n as u8)).collect();
+                    state.write(volume, fd, at, &data).unwrap();
+                    let end = at as usize + len;
+                    if model.len() < end {
+                        model.resize(end, 0);
+                    }
+                    model[at as usize..end].copy_from_slice(&data);
+                }
+                Op::Resize(size) => {
+                    state.resize(volume, fd, size).unwrap();
+                    model.resize(size as usize, 0);
+                }
+                Op::Read(at, len) => {
+                    let mut out = vec![0xee; len];
+                    let n = state.read(volume, fd, at, &mut out).unwrap();
+                    let expected = model.get(at as usize..(at as usize + len).min(model.len())).unwrap_or(&[]);
+                    prop_assert_eq!(&out[..n], expected);
+                }
+                Op::Sync => {
+                    let mark = state.flushing(volume, fd).unwrap();
+                    state.flushed(mark);
+                }
+                Op::Seal => state.seal(volume, fd).unwrap(),
+                Op::Reload => state = FileState::load(volume, fd).unwrap(),
+            }
+            prop_assert_eq!(state.size(), model.len() as u64);
+            prop_assert_eq!(format::plain_size(backing_len_of(fd).unwrap()), Some(state.size()));
+        }
+        prop_assert_eq!(fixture.read("f").unwrap(), model);
+    }
+}
+
+const SIZES: [usize; 9] = [0, 1, 100, 4095, 4096, 4097, 8192, 10_000, 20_480];
+
+fn contents(size: usize) -> Vec<u8> {
+    (0..size).map(|n| (n % 251) as u8 + 1).collect()
+}
+
+fn sealed_file(fixture: &Fixture, name: &str, size: usize) -> Vec<u8> {
+    let (fd, mut state) = fixture.create(name);
+    state.write(&fixture.volume, fd.as_fd(), 0, &contents(size)).unwrap();
+    state.seal(&fixture.volume, fd.as_fd()).unwrap();
+    fixture.bytes(name)
+}
+
+/// Cut, extension, flip, move, swap and zeroing of blocks: an error or the right bytes, never others.
+#[test]
+fn a_sealed_file_is_right_or_refused() {
+    let fixture = Fixture::new();
+    for size in SIZES {
+        let original = sealed_file(&fixture, &format!("f{size}"), size);
+        let mut refused = 0;
+        let mut check = |what: &str, bytes: &[u8]| {
+            fixture.write_backing("t", bytes);
+            match fixture.read("t") {
+                Ok(read) => assert_eq!(read, contents(size), "size {size}, {what}"),
+                Err(VolumeError::Damaged(_)) => refused += 1,
+                Err(other) => panic!("size {size}, {what}: {other}"),
+            }
+        };
+        check("untouched", &original);
+        for cut in [0, 128, 511, 512, 540, 541, 4635, 4636, 4637, 4664, 4665, original.len().saturating_sub(1)] {
+            if cut < original.len() {
+                check(&format!("cut to {cut}"), &original[..cut]);
+            }
+        }
+        for more in [1, 28, 29, 4124, 5000] {
+            let mut longer = original.clone();
+            longer.resize(original.len() + more, 0);
+            check(&format!("{more} zeros longer"), &longer);
+        }
+        for at in (0..original.len()).step_by(97).chain([original.len() - 1]) {
+            let mut flipped = original.clone();
+            flipped[at] ^= 0x10;
+            check(&format!("flip at {at}"), &flipped);
+        }
+        let blocks = (original.len() - 512).div_ceil(4124);
+        for block in 0..blocks {
+            let range = 512 + block * 4124..(512 + (block + 1) * 4124).min(original.len());
+            let mut zeroed = original.clone();
+            zeroed[range.clone()].fill(0);
+            check(&format!("block {block} zeroed"), &zeroed);
+            if range.len() == 4124 && blocks > 1 {
+                let other = (block + 1) % blocks;
+                let start = 512 + other * 4124;
+                if start + 4124 <= original.len() {
+                    let mut moved = original.clone();
+                    moved.copy_within(range, start);
+                    check(&format!("block {block} over {other}"), &moved);
+                }
+            }
+        }
+        assert!(refused > 0, "size {size}: nothing was refused");
+    }
+    // The same blocks under the header of another file.
+    let a = fixture.bytes("f8192");
+    let mut b = sealed_file(&fixture, "other", 8192);
+    b[512..].copy_from_slice(&a[512..]);
+    fixture.write_backing("t", &b);
+    assert!(matches!(fixture.read("t"), Err(VolumeError::Damaged(Damage::Block))));
+}
+
+#[test]
+fn above_the_floor_only_zeros_are_forgiven() {
+    let fixture = Fixture::new();
+    let volume = &fixture.volume;
+    let (fd, mut state) = fixture.create("f");
+    state.write(volume, fd.as_fd(), 0, &contents(8192)).unwrap();
+    let mark = state.flushing(volume, fd.as_fd()).unwrap();
+    state.flushed(mark);
+    state.write(volume, fd.as_fd(), 8192, &contents(8192)).unwrap();
+    state.flushing(volume, fd.as_fd()).unwrap();
+    let original = fixture.bytes("f");
+    for (block, forgiven) in [(0, false), (1, false), (2, true), (3, true)] {
+        let mut zeroed = original.clone();
+        zeroed[512 + block * 4124..512 + (block + 1) * 4124].fill(0);
+        fixture.write_backing("t", &zeroed);
+        assert_eq!(fixture.read("t").is_ok(), forgiven, "block {block} zeroed");
+        let mut flipped = original.clone();
+        flipped[512 + block * 4124 + 1000] ^= 1;
+        fixture.write_backing("t", &flipped);
+        assert!(fixture.read("t").is_err(), "block {block} flipped");
+        fixture.write_backing("t", &original[..512 + block * 4124]);
+        assert_eq!(fixture.read("t").is_ok(), block >= 2, "cut before block {block}");
+    }
+}
+
+#[test]
+fn sealing_keeps_times() {
+    let fixture = Fixture::new();
+    let (fd, mut state) = fixture.create("f");
+    state.write(&fixture.volume, fd.as_fd(), 0, b"forget me").unwrap();
+    let past = rustix::fs::Timespec { tv_sec: 1_000_000_000, tv_nsec: 5 };
+    storage::set_times_fd(fd.as_fd(), &Timestamps { last_access: past, last_modification: past }).unwrap();
+    state.seal(&fixture.volume, fd.as_fd()).unwrap();
+    let stat = storage::stat_fd(fd.as_fd()).unwrap();
+    assert_eq!((stat.st_mtime, stat.st_mtime_nsec), (1_000_000_000, 5));
+}
+
+/// A full disk in the middle of a write: what was there before is still there.
+#[test]
+fn a_write_that_fails_leaves_the_old_contents() {
+    let fixture = Fixture::new();
+    // Beyond the limit the kernel sends this; caught, the write fails with EFBIG instead.
+    signal_hook::flag::register(libc::SIGXFSZ, std::sync::Arc::default()).unwrap();
+    for (size, offset, len) in [(5000, 5000, 20_000), (5000, 0, 20_000), (4096, 4096, 9000), (100, 50, 6000)] {
+        let name = format!("f{size}-{offset}");
+        let (fd, mut state) = fixture.create(&name);
+        state.write(&fixture.volume, fd.as_fd(), 0, &contents(size)).unwrap();
+        let limit = format::backing_len(size as u64) + 700;
+        // RLIMIT_FSIZE fails a write half-way as a full disk does; the test's process has it to itself under nextest.
+        let old = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, rustix::process::Rlimit { current: Some(limit), ..old })
+            .unwrap();
+        let failed = state.write(&fixture.volume, fd.as_fd(), offset as u64, &vec![0xaa; len]);
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, old).unwrap();
+        assert!(failed.is_err());
+        let read = fixture.read(&name).unwrap();
+        assert_eq!(read.len(), size);
+        assert_eq!(state.size(), size as u64);
+        let kept = if offset < size { offset } else { size };
+        assert_eq!(read[..kept], contents(size)[..kept], "size {size}, offset {offset}");
+    }
+}

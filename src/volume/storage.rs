@@ -1,0 +1,298 @@
+//! Every system call on the backing directory, by descriptor and cipher name. Never follows a symlink, never opens anything
+//! but a regular file or a directory, never leaves the backing filesystem.
+
+use std::ffi::OsStr;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+pub use rustix::fs::{FileType, RenameFlags, Stat, Timestamps};
+pub use rustix::io::Errno;
+
+use rustix::fs::{self as sys, AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::path::Arg;
+
+type Result<T> = std::result::Result<T, Errno>;
+
+/// `stat` of an entry, not following it.
+pub fn stat(dir: BorrowedFd<'_>, name: impl Arg) -> Result<Stat> {
+    sys::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// `stat` of an open object.
+pub fn stat_fd(fd: BorrowedFd<'_>) -> Result<Stat> {
+    sys::fstat(fd)
+}
+
+/// The type of an object.
+pub fn file_type(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+/// Opens a subdirectory.
+pub fn open_dir(dir: BorrowedFd<'_>, name: impl Arg) -> Result<OwnedFd> {
+    sys::openat(dir, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Opens a regular file for reading, and for writing if `write`. What is not one is [`Errno::NXIO`], unopened as far as
+/// its driver is concerned.
+pub fn open_file(dir: BorrowedFd<'_>, name: impl Arg, write: bool) -> Result<OwnedFd> {
+    let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
+    let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let fd = sys::openat(dir, name, flags, Mode::empty())?;
+    if file_type(&sys::fstat(&fd)?) == FileType::RegularFile { Ok(fd) } else { Err(Errno::NXIO) }
+}
+
+/// A descriptor that only holds an object: it survives the entry's removal.
+pub fn open_path(dir: BorrowedFd<'_>, name: impl Arg) -> Result<OwnedFd> {
+    sys::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Opens what an [`open_path`] descriptor holds, which the caller knows to be a regular file or a directory.
+pub fn reopen(held: BorrowedFd<'_>, write: bool) -> Result<OwnedFd> {
+    let kind = file_type(&sys::fstat(held)?);
+    let access = match kind {
+        FileType::RegularFile if write => OFlags::RDWR,
+        FileType::RegularFile | FileType::Directory => OFlags::RDONLY,
+        _ => return Err(Errno::NXIO),
+    };
+    sys::open(proc_path(held), access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// The magic link by which path-only calls reach an open object.
+pub fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Makes a regular file; fails if there is anything under that name.
+pub fn create_file(dir: BorrowedFd<'_>, name: impl Arg, mode: u32) -> Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    sys::openat(dir, name, flags, Mode::from_raw_mode(mode))
+}
+
+/// Makes a directory.
+pub fn mkdir(dir: BorrowedFd<'_>, name: impl Arg, mode: u32) -> Result<()> {
+    sys::mkdirat(dir, name, Mode::from_raw_mode(mode))
+}
+
+/// Makes a symlink with this target.
+pub fn symlink(dir: BorrowedFd<'_>, name: impl Arg, target: &[u8]) -> Result<()> {
+    sys::symlinkat(target, dir, name)
+}
+
+/// The target of a symlink.
+pub fn readlink(dir: BorrowedFd<'_>, name: impl Arg) -> Result<Vec<u8>> {
+    Ok(sys::readlinkat(dir, name, Vec::with_capacity(1100))?.into_bytes())
+}
+
+/// The target of the symlink that an [`open_path`] descriptor holds.
+pub fn readlink_held(held: BorrowedFd<'_>) -> Result<Vec<u8>> {
+    Ok(sys::readlinkat(held, "", Vec::with_capacity(1100))?.into_bytes())
+}
+
+/// A hard link to what `held` holds.
+pub fn link_held(held: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: impl Arg) -> Result<()> {
+    sys::linkat(sys::CWD, proc_path(held), dir, name, AtFlags::SYMLINK_FOLLOW)
+}
+
+/// A hard link.
+pub fn link(dir: BorrowedFd<'_>, name: impl Arg, to_dir: BorrowedFd<'_>, to: impl Arg) -> Result<()> {
+    sys::linkat(dir, name, to_dir, to, AtFlags::empty())
+}
+
+/// Removes an entry that is no directory.
+pub fn unlink(dir: BorrowedFd<'_>, name: impl Arg) -> Result<()> {
+    sys::unlinkat(dir, name, AtFlags::empty())
+}
+
+/// Removes an empty directory.
+pub fn rmdir(dir: BorrowedFd<'_>, name: impl Arg) -> Result<()> {
+    sys::unlinkat(dir, name, AtFlags::REMOVEDIR)
+}
+
+/// renameat2(2).
+pub fn rename(
+    from_dir: BorrowedFd<'_>,
+    from: impl Arg,
+    to_dir: BorrowedFd<'_>,
+    to: impl Arg,
+    flags: RenameFlags,
+) -> Result<()> {
+    if flags.is_empty() {
+        return sys::renameat(from_dir, from, to_dir, to);
+    }
+    sys::renameat_with(from_dir, from, to_dir, to, flags)
+}
+
+/// Reads until `buffer` is full or the file ends.
+pub fn read_at(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match rustix::io::pread(fd, &mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes all of `bytes`. On failure says how many bytes went out before.
+pub fn write_at(fd: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> std::result::Result<(), (usize, Errno)> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match rustix::io::pwrite(fd, &bytes[done..], offset + done as u64) {
+            // POSIX allows it only for a full device; asking again would go on for ever.
+            Ok(0) => return Err((done, Errno::NOSPC)),
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err((done, errno)),
+        }
+    }
+    Ok(())
+}
+
+/// ftruncate(2).
+pub fn set_len(fd: BorrowedFd<'_>, len: u64) -> Result<()> {
+    sys::ftruncate(fd, len)
+}
+
+/// fdatasync(2): contents and the size.
+pub fn sync_data(fd: BorrowedFd<'_>) -> Result<()> {
+    sys::fdatasync(fd)
+}
+
+/// fsync(2).
+pub fn sync_fd(fd: BorrowedFd<'_>) -> Result<()> {
+    sys::fsync(fd)
+}
+
+/// syncfs(2): all of the backing filesystem.
+pub fn sync_filesystem(fd: BorrowedFd<'_>) -> Result<()> {
+    sys::syncfs(fd)
+}
+
+/// Changes the mode of an entry that is no symlink. (Linux has no fchmodat without following; the descriptor holds it.)
+pub fn chmod_held(held: BorrowedFd<'_>, mode: u32) -> Result<()> {
+    sys::chmod(proc_path(held), Mode::from_raw_mode(mode & 0o7777))
+}
+
+/// Changes the mode of an open object.
+pub fn chmod_fd(fd: BorrowedFd<'_>, mode: u32) -> Result<()> {
+    sys::fchmod(fd, Mode::from_raw_mode(mode & 0o7777))
+}
+
+/// Changes owner and group of what `held` holds, a symlink too.
+pub fn chown_held(held: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
+    let (uid, gid) = (uid.map(rustix::fs::Uid::from_raw), gid.map(rustix::fs::Gid::from_raw));
+    sys::chownat(held, "", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Changes owner and group of an entry, not following it.
+pub fn chown(dir: BorrowedFd<'_>, name: impl Arg, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
+    let (uid, gid) = (uid.map(rustix::fs::Uid::from_raw), gid.map(rustix::fs::Gid::from_raw));
+    sys::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Sets times of what `held` holds, a symlink too.
+pub fn set_times_held(held: BorrowedFd<'_>, times: &Timestamps) -> Result<()> {
+    // AT_EMPTY_PATH for utimensat came with Linux 5.8; the kernels that have memfd_secret have it.
+    sys::utimensat(held, "", times, AtFlags::EMPTY_PATH)
+}
+
+/// Sets times of an open object.
+pub fn set_times_fd(fd: BorrowedFd<'_>, times: &Timestamps) -> Result<()> {
+    sys::futimens(fd, times)
+}
+
+/// Where the next data or hole begins in a backing file.
+pub fn seek(fd: BorrowedFd<'_>, from: sys::SeekFrom) -> Result<u64> {
+    sys::seek(fd, from)
+}
+
+/// statvfs(2) of the backing filesystem.
+pub fn filesystem(fd: BorrowedFd<'_>) -> Result<sys::StatVfs> {
+    sys::fstatvfs(fd)
+}
+
+/// One raw directory entry.
+pub struct RawEntry<'a> {
+    /// Backing name.
+    pub name: &'a [u8],
+    /// Backing inode number.
+    pub ino: u64,
+    /// Position after it.
+    pub next: u64,
+}
+
+/// Calls `each` for the entries of a directory from position `from` on, until it says `false` or they end.
+/// The descriptor's position is moved: callers keep others out.
+pub fn read_dir(fd: BorrowedFd<'_>, from: u64, mut each: impl FnMut(RawEntry<'_>) -> bool) -> Result<()> {
+    sys::seek(fd, sys::SeekFrom::Start(from))?;
+    let mut buffer = [MaybeUninit::<u8>::uninit(); 32 << 10];
+    let mut entries = sys::RawDir::new(fd, &mut buffer);
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let more = each(RawEntry {
+            name: entry.file_name().to_bytes(),
+            ino: entry.ino(),
+            next: entry.next_entry_cookie(),
+        });
+        if !more {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Attribute calls go through the magic link: they work on what an [`open_path`] descriptor holds.
+pub fn get_xattr(held: BorrowedFd<'_>, name: &OsStr) -> Result<Vec<u8>> {
+    let path = proc_path(held);
+    let mut value = Vec::with_capacity(256);
+    loop {
+        match sys::getxattr(&path, name, rustix::buffer::spare_capacity(&mut value)) {
+            Err(Errno::RANGE) => {
+                let mut nothing: [u8; 0] = [];
+                let len = sys::getxattr(&path, name, &mut nothing)?;
+                value = Vec::with_capacity(len.max(value.capacity() * 2));
+            }
+            other => return other.map(|_| value),
+        }
+    }
+}
+
+/// setxattr(2).
+pub fn set_xattr(held: BorrowedFd<'_>, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+    sys::setxattr(proc_path(held), name, value, sys::XattrFlags::from_bits_retain(flags as u32))
+}
+
+/// removexattr(2).
+pub fn remove_xattr(held: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+    sys::removexattr(proc_path(held), name)
+}
+
+/// The names of all attributes.
+pub fn list_xattr(held: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>> {
+    let path = proc_path(held);
+    let mut list: Vec<u8> = Vec::with_capacity(1024);
+    loop {
+        match sys::listxattr(&path, rustix::buffer::spare_capacity(&mut list)) {
+            Err(Errno::RANGE) => list = Vec::with_capacity(list.capacity() * 4),
+            Err(errno) => return Err(errno),
+            Ok(_) => break,
+        }
+    }
+    Ok(list.split(|byte| *byte == 0).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect())
+}
+
+/// Whether nothing under `path` is a mount of its own: openat2(2) with `RESOLVE_NO_XDEV`.
+pub fn same_mount(dir: BorrowedFd<'_>, name: impl Arg) -> bool {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV;
+    !matches!(sys::openat2(dir, name, flags, Mode::empty(), resolve), Err(Errno::XDEV))
+}
+
+/// Borrows any descriptor.
+pub fn fd(fd: &impl AsFd) -> BorrowedFd<'_> {
+    fd.as_fd()
+}
