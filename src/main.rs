@@ -1,1 +1,7 @@
-fn main(){}
+//! The program: see the library's `cli`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lethefs::cli::main()
+}

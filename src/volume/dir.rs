@@ -105,7 +105,13 @@ pub fn discard(parent: BorrowedFd<'_>, temporary: &str) {
             let _ = storage::unlink(storage::fd(&fd), DIR_HEADER);
         }
     }
-    let _ = storage::rmdir(parent, temporary);
+    if storage::rmdir(parent, temporary) == Err(Errno::NOTEMPTY) {
+        // Leftovers of interrupted operations inside.
+        if let Ok(fd) = storage::open_dir(parent, temporary) {
+            clean(storage::fd(&fd));
+        }
+        let _ = storage::rmdir(parent, temporary);
+    }
 }
 
 /// Whether an open directory holds no entries, ours aside. Moves its position.

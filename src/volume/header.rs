@@ -194,17 +194,21 @@ impl Mutable {
             };
             [open(&bytes[..MUTABLE_LEN]), open(&bytes[MUTABLE_LEN..])]
         })?;
-        copies
-            .into_iter()
-            .flatten()
-            .max_by_key(|copy| copy.counter)
-            .ok_or(VolumeError::Damaged(Damage::MutableHeader))
+        match copies {
+            // One write makes both: the same counter with other contents is nothing we wrote.
+            [Some(a), Some(b)] if a.counter == b.counter && a != b => Err(VolumeError::Damaged(Damage::MutableHeader)),
+            [a, b] => a
+                .into_iter()
+                .chain(b)
+                .max_by_key(|copy| copy.counter)
+                .ok_or(VolumeError::Damaged(Damage::MutableHeader)),
+        }
     }
 
     /// `None`: a flag of the future, which only a newer program would understand.
     fn parse(plain: &[u8; MUTABLE_PLAIN]) -> Option<Self> {
         let flags = read_u32(plain, 24);
-        (flags & !3 == 0).then(|| Self {
+        (flags & !3 == 0 && read_u64(plain, 28) == 0).then(|| Self {
             counter: read_u64(plain, 0),
             size: read_u64(plain, 8),
             floor: read_u64(plain, 16),

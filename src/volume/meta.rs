@@ -215,15 +215,18 @@ impl VolumeFile {
     /// # Errors
     /// [`MetaError::Unauthentic`], or the ring's.
     pub fn authenticate(&self, keys: &Keyring) -> Result<&Body, MetaError> {
+        let mut proved = false;
+        // Each MAC that can be checked must match: an old KEK version that leaked must not vouch alone.
         for (scope, version) in keys.held() {
             for (_, _, mac) in self.auth.iter().filter(|auth| (auth.0, auth.1) == (scope, version)) {
                 let expected = keys.volume_mac(scope, version, &[b"lethefs/1/volume-file", &self.line])?;
-                if crate::keyring::same(&expected, mac) {
-                    return Ok(&self.body);
+                if !crate::keyring::same(&expected, mac) {
+                    return Err(MetaError::Unauthentic);
                 }
+                proved = true;
             }
         }
-        Err(MetaError::Unauthentic)
+        if proved { Ok(&self.body) } else { Err(MetaError::Unauthentic) }
     }
 
     /// The two copies of a backing directory that parse, the higher generation first.

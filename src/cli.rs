@@ -1,0 +1,286 @@
+//! The command line: parses, calls one verb of `service`, prints its report, and turns an error into one line and a code.
+//!
+//! - [`args`] what can be typed; [`options`] mount options; [`output`] what is printed; [`exit`] the one table of codes.
+
+pub mod args;
+pub mod exit;
+pub mod options;
+pub mod output;
+
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::io::{BufRead as _, IsTerminal as _};
+
+use clap::{CommandFactory as _, Parser};
+
+use crate::service::daemon::{self, Side, Told};
+use crate::service::{Error, erase, init, keys, mount, status, umount};
+use exit::ExitCode;
+use options::{Asked, parse_uri};
+
+/// Text of `init` without `--kms`: a choice that no default should make.
+const CHOOSE_A_KEY: &str = "\
+lethefs: init needs --kms URI, the key that the volume lives and dies with: choose one
+  --kms hashivault://KEY?engine=transit
+      A key in OpenBao or Vault (VAULT_ADDR and VAULT_TOKEN or AppRole say where and who). The contents are lost when that
+      key, or the server with all its backups, is destroyed, and nobody who steals this machine's disk can read them.
+  --kms file:///PATH
+      A key file on this machine, made if it is not there. No server is needed. The contents are lost when the file is
+      lost; whoever has a copy of it can read them, and an erase is only as good as your knowledge of all its copies.
+";
+
+/// The program. Returns what the process ends with.
+pub fn main() -> std::process::ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let called = arguments.first().map(|name| std::path::Path::new(name).file_name().unwrap_or(name).to_string_lossy());
+    let helper = called.is_some_and(|name| name.starts_with("mount.fuse") || name.starts_with("mount.lethefs"));
+    let code = if helper { as_helper(arguments) } else { as_command(arguments) };
+    std::process::ExitCode::from(code)
+}
+
+fn as_command(arguments: Vec<OsString>) -> u8 {
+    let cli = match args::Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => return wrong_usage(&error),
+    };
+    start_log(cli.verbose);
+    let done = match cli.command {
+        args::Command::Init(given) => run_init(&given),
+        args::Command::Mount(given) => options::of_mount(&given).and_then(|asked| run_mount(&asked, given.json)),
+        args::Command::Umount(given) => run_umount(&given),
+        args::Command::Status(given) => run_status(&given),
+        args::Command::Erase(given) => run_erase(&given),
+        args::Command::Keys { command: args::Keys::Check { uri, json } } => run_keys_check(&uri, json),
+        args::Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut args::Cli::command(), "lethefs", &mut script);
+            output::print(&String::from_utf8_lossy(&script));
+            Ok(0)
+        }
+    };
+    done.unwrap_or_else(|error| {
+        output::complain(&error_line(&error));
+        exit::code(&error).code()
+    })
+}
+
+fn as_helper(arguments: Vec<OsString>) -> u8 {
+    let given = match args::Helper::try_parse_from(arguments) {
+        Ok(given) => given,
+        Err(error) => return wrong_usage(&error),
+    };
+    start_log(given.verbose);
+    let done = options::of_helper(&given).and_then(|asked| if given.fake { Ok(0) } else { run_mount(&asked, false) });
+    done.unwrap_or_else(|error| {
+        output::complain(&error_line(&error));
+        exit::code(&error).code()
+    })
+}
+
+/// Help goes where it was asked for; a mistake becomes one line.
+fn wrong_usage(error: &clap::Error) -> u8 {
+    use clap::error::ErrorKind;
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            output::print(&error.to_string());
+            0
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            output::complain(&error.to_string());
+            ExitCode::Usage.code()
+        }
+        _ => {
+            let text = error.to_string();
+            let first: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+            let first = first.join(" ");
+            output::complain(&format!(
+                "lethefs: {}: see `lethefs help`\n",
+                first.strip_prefix("error: ").unwrap_or(&first).trim_end_matches(':')
+            ));
+            ExitCode::Usage.code()
+        }
+    }
+}
+
+/// The line of an error; its causes go to the log.
+fn error_line(error: &Error) -> String {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        tracing::debug!("because: {error}");
+        cause = error.source();
+    }
+    if let Error::Kms(kms) = error
+        && let Some(detail) = &kms.detail
+    {
+        tracing::debug!("the key service said: {detail}");
+    }
+    // A message that quotes foreign text with a line break must still be one line.
+    format!("lethefs: {}\n", error.to_string().replace(['\n', '\r'], " "))
+}
+
+fn start_log(verbose: u8) {
+    let default = match verbose {
+        0 => "warn",
+        1 => "lethefs=info,warn",
+        2 => "lethefs=debug,info",
+        _ => "trace",
+    };
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_env_var("LETHEFS_LOG")
+        .try_from_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    // Always to descriptor 2, which a mount in the background points at its log file.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .try_init();
+}
+
+fn run_init(given: &args::Init) -> Result<u8, Error> {
+    let Some(uri) = &given.kms else {
+        output::complain(CHOOSE_A_KEY);
+        return Ok(ExitCode::Usage.code());
+    };
+    let request = init::Request { backing: given.backing.clone(), uri: parse_uri(uri)?, label: given.label.clone() };
+    let report = init::run(&request)?;
+    output::complain(&output::warnings(&report.warnings));
+    output::print(&if given.json { output::json(&report) } else { output::init(&report) });
+    Ok(0)
+}
+
+fn run_mount(asked: &Asked, json: bool) -> Result<u8, Error> {
+    let shown = |report: &mount::Report| if json { output::json(report) } else { output::mount(report) };
+    if asked.foreground {
+        mount::run(&asked.request, |report| {
+            output::complain(&output::warnings(&report.warnings));
+            output::print(&shown(report));
+            Ok(())
+        })?;
+        return Ok(0);
+    }
+    let reporter = match daemon::split()? {
+        Side::Parent(waiting) => {
+            let told = waiting.wait()?;
+            output::complain(&told.err);
+            output::print(&told.out);
+            return Ok(told.exit);
+        }
+        Side::Child(reporter) => reporter,
+    };
+    let mut reporter = Some(reporter);
+    let served = mount::run(&asked.request, |report| {
+        daemon::detach(&report.log)?;
+        if let Some(reporter) = reporter.take() {
+            // Like mount(8), a mount that works says nothing unless it is asked to.
+            let out = if json { output::json(report) } else { String::new() };
+            reporter.tell(&Told { exit: 0, out, err: output::warnings(&report.warnings) });
+        }
+        Ok(())
+    });
+    match (served, reporter) {
+        (Ok(()), _) => Ok(0),
+        (Err(error), Some(reporter)) => {
+            let exit = exit::code(&error).code();
+            reporter.tell(&Told { exit, out: String::new(), err: error_line(&error) });
+            Ok(exit)
+        }
+        // The parent is long gone: the line goes to the log, like every other.
+        (Err(error), None) => Err(error),
+    }
+}
+
+fn run_umount(given: &args::Umount) -> Result<u8, Error> {
+    let report = umount::run(&given.mountpoint, given.lazy)?;
+    if given.json {
+        output::print(&output::json(&report));
+    } else if !report.ended {
+        output::complain(&output::umount(&report));
+    }
+    Ok(0)
+}
+
+fn run_status(given: &args::Status) -> Result<u8, Error> {
+    let text = match (&given.path, given.json) {
+        (Some(path), true) => output::json(&status::of(path)?),
+        (Some(path), false) => output::status(&status::of(path)?),
+        (None, true) => output::json(&serde_json::json!({ "schema": 1, "mounts": status::all()? })),
+        (None, false) => output::status_all(&status::all()?),
+    };
+    output::print(&text);
+    Ok(0)
+}
+
+fn run_erase(given: &args::Erase) -> Result<u8, Error> {
+    let victim = match (&given.backing, &given.volume_id) {
+        (Some(backing), _) => erase::Victim::Backing(backing.clone()),
+        (None, Some(id)) => erase::Victim::OutOfReach(parse_id(id)?),
+        (None, None) => return Err(Error::Usage("erase needs a backing directory, or --key and --volume-id".into())),
+    };
+    let keys = given.key.iter().map(|uri| parse_uri(uri)).collect::<Result<Vec<_>, _>>()?;
+    let also = given.also_erases.iter().map(|id| parse_id(id)).collect::<Result<Vec<_>, _>>()?;
+    let prepared = erase::prepare(&victim, &keys)?;
+    if given.plan {
+        output::print(&if given.json { output::json(&prepared.plan) } else { output::plan(&prepared.plan) });
+        return Ok(0);
+    }
+    // The volume id that names a stolen disk's volume on the command line confirms it as well.
+    let volume = given.confirm_volume.clone().or_else(|| given.volume_id.clone());
+    let confirmation = match (volume, given.confirm_key.is_empty()) {
+        (Some(volume), false) => erase::Confirmation { volume, keys: given.confirm_key.clone(), also },
+        (volume, _) => ask(&prepared, volume, &given.confirm_key, also)?,
+    };
+    let outcome = prepared.confirm(&confirmation)?.run()?;
+    output::complain(&output::warnings(&outcome.report.warnings));
+    let complete = outcome.incomplete.is_none();
+    output::print(&if given.json { output::json(&outcome.report) } else { output::erase(&outcome.report, complete) });
+    outcome.incomplete.map_or(Ok(0), Err)
+}
+
+/// Shows the plan and has a person type what is not given by flags.
+fn ask(
+    prepared: &erase::Prepared,
+    volume: Option<String>,
+    keys: &[String],
+    also: Vec<crate::crypto::VolumeId>,
+) -> Result<erase::Confirmation, Error> {
+    if !std::io::stdin().is_terminal() {
+        return Err(Error::NotConfirmed(
+            "there is no terminal to confirm at: give --confirm-volume ID and --confirm-key NAME; nothing was changed"
+                .into(),
+        ));
+    }
+    output::complain(&output::plan(&prepared.plan));
+    let mut input = std::io::stdin().lock();
+    let mut read = |what: &str| {
+        output::complain(&format!("Type {what} to destroy it for ever: "));
+        let mut line = String::new();
+        input.read_line(&mut line).map(|_| line.trim().to_owned()).unwrap_or_default()
+    };
+    let volume = volume.unwrap_or_else(|| read("the volume id"));
+    let mut typed = keys.to_vec();
+    if typed.is_empty() {
+        typed = prepared.key_names().iter().map(|_| read("the name of a key")).collect();
+    }
+    Ok(erase::Confirmation { volume, keys: typed, also })
+}
+
+fn run_keys_check(uri: &str, json: bool) -> Result<u8, Error> {
+    let (report, failure) = keys::check(&parse_uri(uri)?)?;
+    output::print(&if json { output::json(&report) } else { output::keys(&report) });
+    failure.map_or(Ok(0), Err)
+}
+
+fn parse_id(text: &str) -> Result<crate::crypto::VolumeId, Error> {
+    text.trim().parse().map_err(|_| Error::Usage("a volume id is 32 hex digits".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_declaration_is_sound() {
+        <super::args::Cli as clap::CommandFactory>::command().debug_assert();
+        <super::args::Helper as clap::CommandFactory>::command().debug_assert();
+    }
+}

@@ -1,0 +1,229 @@
+//! The command line, declared. What the arguments mean is decided in [`super::options`] and [`super`].
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+/// An encrypting filesystem whose volumes die with one key.
+#[derive(Debug, Parser)]
+#[command(name = "lethefs", version, disable_help_subcommand = false, arg_required_else_help = true)]
+pub struct Cli {
+    /// Say more on stderr: once what happens, twice everything. LETHEFS_LOG sets it more finely
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a volume in an empty directory
+    Init(Init),
+    /// Mount a volume
+    Mount(Mount),
+    /// Unmount a volume; returns when everything is on disk
+    Umount(Umount),
+    /// Show a volume, a mount, or all live mounts
+    Status(Status),
+    /// Destroy a volume's key, and with it the contents of every copy
+    Erase(Erase),
+    /// Look at keys
+    Keys {
+        /// What to do
+        #[command(subcommand)]
+        command: Keys,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+}
+
+/// `init`
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Backing directory: empty, or not there yet
+    pub backing: PathBuf,
+    /// Key that the volume lives and dies with: hashivault://KEY?engine=transit or file:///PATH
+    #[arg(long, value_name = "URI")]
+    pub kms: Option<String>,
+    /// Name for people, not encrypted
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub label: String,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `mount`
+#[derive(Debug, Args)]
+pub struct Mount {
+    /// Backing directory
+    pub backing: PathBuf,
+    /// Where to mount
+    pub mountpoint: PathBuf,
+    /// Stay in the foreground
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// Vouch for a volume that this host does not know yet
+    #[arg(long)]
+    pub trust: bool,
+    /// The key, where this host does not know it (a key file that moved)
+    #[arg(long, value_name = "URI")]
+    pub kms: Option<String>,
+    /// Where a mount in the background logs to
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<OsString>,
+    /// Mount options, separated by commas; each is also a flag of its own
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Let other users in
+    #[arg(long)]
+    pub allow_other: bool,
+    /// Let the kernel check permissions
+    #[arg(long)]
+    pub default_permissions: bool,
+    /// Read-only
+    #[arg(long, overrides_with = "rw")]
+    pub ro: bool,
+    /// Read-write (default)
+    #[arg(long)]
+    pub rw: bool,
+    /// Honour set-user-id bits
+    #[arg(long, overrides_with = "nosuid")]
+    pub suid: bool,
+    /// Ignore set-user-id bits (default)
+    #[arg(long)]
+    pub nosuid: bool,
+    /// Honour device files
+    #[arg(long, overrides_with = "nodev")]
+    pub dev: bool,
+    /// Ignore device files (default)
+    #[arg(long)]
+    pub nodev: bool,
+    /// Allow programs to run (default)
+    #[arg(long, overrides_with = "noexec")]
+    pub exec: bool,
+    /// Do not allow programs to run
+    #[arg(long)]
+    pub noexec: bool,
+    /// Do not record access times
+    #[arg(long, overrides_with_all = ["atime", "relatime"])]
+    pub noatime: bool,
+    /// Record access times as the kernel does by default
+    #[arg(long)]
+    pub atime: bool,
+    /// The same
+    #[arg(long)]
+    pub relatime: bool,
+    /// Name shown as the source of the mount
+    #[arg(long, value_name = "NAME")]
+    pub fsname: Option<String>,
+    /// POSIX access control lists
+    #[arg(long)]
+    pub acl: bool,
+    /// Worker threads
+    #[arg(long, value_name = "N")]
+    pub threads: Option<String>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `umount`
+#[derive(Debug, Args)]
+pub struct Umount {
+    /// Mountpoint
+    pub mountpoint: PathBuf,
+    /// Detach at once even if in use; does not wait for its users
+    #[arg(long)]
+    pub lazy: bool,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `status`
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Backing directory or mountpoint; without it, all live mounts
+    pub path: Option<PathBuf>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `erase`
+#[derive(Debug, Args)]
+pub struct Erase {
+    /// Backing directory
+    #[arg(required_unless_present = "volume_id", conflicts_with = "volume_id")]
+    pub backing: Option<PathBuf>,
+    /// Show what would be lost and what would remain possible; change nothing
+    #[arg(long, conflicts_with_all = ["confirm_volume", "confirm_key", "also_erases"])]
+    pub plan: bool,
+    /// Confirm: the volume's id
+    #[arg(long, value_name = "ID")]
+    pub confirm_volume: Option<String>,
+    /// Confirm: the key's name; once for each key
+    #[arg(long, value_name = "NAME")]
+    pub confirm_key: Vec<String>,
+    /// Confirm: another volume that dies with the same key; once for each
+    #[arg(long, value_name = "ID")]
+    pub also_erases: Vec<String>,
+    /// The key, for a volume that this host has no pin of; may be repeated
+    #[arg(long, value_name = "URI")]
+    pub key: Vec<String>,
+    /// Erase this volume although its backing directory is out of reach (a stolen disk)
+    #[arg(long, value_name = "ID")]
+    pub volume_id: Option<String>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `keys`
+#[derive(Debug, Subcommand)]
+pub enum Keys {
+    /// Whether a key can be reached, used and destroyed from here, and why not
+    Check {
+        /// The key
+        uri: String,
+        /// Report as JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What mount(8) passes to `/sbin/mount.fuse.lethefs` and `/sbin/mount.lethefs`.
+#[derive(Debug, Parser)]
+#[command(name = "mount.fuse.lethefs", version)]
+pub struct Helper {
+    /// Backing directory
+    pub backing: PathBuf,
+    /// Where to mount
+    pub mountpoint: PathBuf,
+    /// Mount options
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Ignore options that are not known
+    #[arg(short = 's')]
+    pub sloppy: bool,
+    /// Fake: check the arguments, mount nothing
+    #[arg(short = 'f')]
+    pub fake: bool,
+    /// Accepted and ignored: there is no mtab
+    #[arg(short = 'n')]
+    pub no_mtab: bool,
+    /// Say more
+    #[arg(short = 'v', action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Accepted and ignored: the type
+    #[arg(short = 't', value_name = "TYPE")]
+    pub fs_type: Option<String>,
+}

@@ -1,0 +1,251 @@
+//! What people read: lines for each report, or its JSON. Nothing is decided here.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+
+use serde::Serialize;
+
+use crate::kms::KeyIdentity;
+use crate::service::erase::{Plan, Report as EraseReport};
+use crate::service::status::{PinState, Report as StatusReport};
+use crate::service::{init, keys, mount, umount};
+
+/// Writes to stdout. A reader that went away is its own business.
+pub fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Writes to stderr.
+pub fn complain(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// One report as JSON on lines of its own.
+pub fn json(report: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(report).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"));
+    text.push('\n');
+    text
+}
+
+/// Warnings as lines for stderr.
+pub fn warnings(warnings: &[String]) -> String {
+    warnings.iter().map(|warning| format!("lethefs: warning: {warning}\n")).collect()
+}
+
+/// Text from outside, on one line and without control characters.
+fn safe(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+fn key(identity: &KeyIdentity) -> String {
+    safe(&identity.to_string())
+}
+
+/// `init`
+pub fn init(report: &init::Report) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "volume   {}", report.volume_id);
+    if !report.label.is_empty() {
+        let _ = writeln!(text, "label    {}", report.label);
+    }
+    let _ = writeln!(text, "backing  {}", report.backing.display());
+    let _ = writeln!(text, "key      {} ({})", report.uri, key(&report.key));
+    let _ = writeln!(text, "pin      {}", report.pin.display());
+    if report.embedded {
+        text.push_str(
+            "The key is embedded, a file on this machine: whoever has the file can read the volume, who loses it has lost\n\
+             the volume, and any copy of it defeats an erase.\n",
+        );
+    }
+    text
+}
+
+/// `mount`
+pub fn mount(report: &mount::Report) -> String {
+    format!("volume {} is mounted at {}\n", report.volume_id, report.mountpoint.display())
+}
+
+/// `umount`
+pub fn umount(report: &umount::Report) -> String {
+    let at = report.mountpoint.display();
+    if report.ended {
+        format!("{at} is unmounted, everything is on disk\n")
+    } else {
+        format!("{at} is detached; its daemon ends when its last user lets go\n")
+    }
+}
+
+/// `status`, one volume
+pub fn status(report: &StatusReport) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        let _ = writeln!(text, "{name:<12}{}", safe(value));
+    };
+    let verified = matches!(report.pin, PinState::Matches | PinState::NotChecked);
+    let mark = if verified { "" } else { "  (unverified)" };
+    line("volume", &report.volume_id.map_or("unknown".into(), |id| format!("{id}{mark}")));
+    if let Some(label) = report.label.as_ref().filter(|label| !label.is_empty()) {
+        line("label", &format!("{label}{mark}"));
+    }
+    if let Some(backing) = &report.backing {
+        line("backing", backing);
+    }
+    line("mounted", report.mountpoint.as_deref().map_or("no", |at| at));
+    for identity in &report.keys {
+        line("key", &format!("{identity}{mark}"));
+        if matches!(identity, KeyIdentity::File { .. }) {
+            line("", "embedded: a file on this machine; a copy of it defeats an erase");
+        }
+    }
+    match &report.pin {
+        PinState::Matches => line("pin", "matches"),
+        PinState::None => line("pin", "none on this host: mount needs --trust"),
+        PinState::Refused { why } => line("pin", why),
+        PinState::NotChecked => {}
+    }
+    if let Some(live) = &report.live {
+        line("process", &format!("{} since {}", live.pid, live.started));
+        line("options", &live.options.join(","));
+        line("keys", live.sealed.as_deref().map_or("in use", |why| why));
+        if let Some(counters) = live.counters.as_object() {
+            for (name, value) in counters.iter().filter(|(name, value)| *name != "sealed" && !value.is_null()) {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                line(&format!("  {name}"), &format!(" {value}"));
+            }
+        }
+    }
+    if let Some(journal) = &report.erase {
+        line("erase", &journal.sentence());
+    }
+    for warning in &report.warnings {
+        line("warning", warning);
+    }
+    text
+}
+
+/// `status` without argument
+pub fn status_all(reports: &[StatusReport]) -> String {
+    if reports.is_empty() {
+        return "no lethefs volume is mounted here\n".into();
+    }
+    reports.iter().map(status).collect::<Vec<_>>().join("\n")
+}
+
+/// `erase --plan`
+pub fn plan(plan: &Plan) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "volume      {}", plan.volume_id);
+    if let Some(label) = &plan.label {
+        let _ = writeln!(text, "label       {}", safe(label));
+    }
+    if let Some(backing) = &plan.backing {
+        let _ = writeln!(text, "backing     {}", safe(backing));
+    }
+    for planned in &plan.keys {
+        let _ = writeln!(text, "key         {}: {} ({})", safe(&planned.name), planned.uri, key(&planned.identity));
+        if let Some(problem) = &planned.problem {
+            let _ = writeln!(text, "            could not be described now: {}", safe(problem));
+        }
+        for warning in planned.description.iter().flat_map(|description| &description.warnings) {
+            let _ = writeln!(text, "            {}", safe(warning));
+        }
+        if planned.description.as_ref().is_some_and(|description| !description.quantum_durable) {
+            let _ = writeln!(text, "            an erase would not outlast a later break of RSA or elliptic curves");
+        }
+    }
+    if !plan.pinned {
+        text.push_str("            this host has no pin: keys are as the volume file (unverified) and --key say\n");
+    }
+    for identity in &plan.left {
+        let _ = writeln!(text, "not erased  {} (named by the volume file, unverified): give its --key", key(identity));
+    }
+    for shared in &plan.shared_with {
+        let _ = writeln!(text, "also dies   volume {} {}", shared.volume_id, safe(&shared.label));
+    }
+    if let Some(contents) = &plan.contents {
+        let _ = writeln!(
+            text,
+            "contents    {} files with {} bytes, {} directories, {} links, {} nodes",
+            contents.files, contents.bytes, contents.directories, contents.links, contents.nodes
+        );
+        if contents.unreadable > 0 {
+            let _ = writeln!(text, "            and {} entries that could not be looked at", contents.unreadable);
+        }
+    }
+    for mount in &plan.live_mounts {
+        let state = match (mount.reachable, mount.volume_id) {
+            (true, _) => "will be sealed",
+            (false, Some(_)) => "does not answer, cannot be sealed",
+            (false, None) => "of a volume that cannot be told from here",
+        };
+        let _ = writeln!(text, "mounted     {} ({state})", safe(&mount.mountpoint));
+    }
+    if let Some(journal) = &plan.begun {
+        let _ = writeln!(text, "begun       {}", journal.sentence());
+    }
+    text.push_str("What would remain possible:\n");
+    for line in &plan.remains {
+        let _ = writeln!(text, "  - {line}");
+    }
+    text
+}
+
+/// `erase`
+pub fn erase(report: &EraseReport, complete: bool) -> String {
+    let mut text = String::new();
+    let journal = &report.journal;
+    for (name, at) in [
+        ("begun", Some(&journal.begun_at)),
+        ("inaccessible", journal.inaccessible_at.as_ref()),
+        ("destruction", journal.scheduled_at.as_ref()),
+        ("irrecoverable", journal.irrecoverable_at.as_ref()),
+    ] {
+        let _ = writeln!(text, "{name:<14}{}", at.map_or("not yet".into(), |at| safe(at)));
+    }
+    for receipt in &journal.receipts {
+        let _ = writeln!(text, "sealed        {} at {}", safe(&receipt.mountpoint), safe(&receipt.at));
+    }
+    for slot in &journal.slots {
+        let _ = writeln!(text, "key           {}", key(&slot.identity));
+        let findings = slot.proof.as_ref().and_then(|proof| proof["findings"].as_array());
+        for finding in findings.into_iter().flatten() {
+            let part = |name: &str| safe(finding[name].as_str().unwrap_or_default());
+            let _ = writeln!(text, "  asked       {}", part("asked"));
+            let _ = writeln!(text, "  answered    {}", part("answered"));
+            let _ = writeln!(text, "  shows       {}", part("shows"));
+        }
+    }
+    if complete {
+        text.push_str("The volume is erased: its keys no longer exist at the key service.\n");
+        if report.self_asserted {
+            text.push_str(
+                "This is only lethefs's own word: the key was a file, and whether a copy of it exists nobody can show.\n",
+            );
+        }
+        for line in &report.remains {
+            let _ = writeln!(text, "  - {line}");
+        }
+    }
+    text
+}
+
+/// `keys check`
+pub fn keys(report: &keys::Report) -> String {
+    let mut text = format!("{}\n", report.uri);
+    if let Some(description) = &report.description {
+        let _ = writeln!(text, "{}", key(&description.identity));
+    }
+    for capability in &report.capabilities {
+        let works = match capability.works {
+            Some(true) => "yes",
+            Some(false) => "no",
+            None => "?",
+        };
+        let _ = writeln!(text, "{:<9} {works:<4} {}", capability.name, safe(&capability.why));
+    }
+    for warning in report.description.iter().flat_map(|description| &description.warnings) {
+        let _ = writeln!(text, "warning   {}", safe(warning));
+    }
+    text
+}

@@ -1,0 +1,261 @@
+//! The control socket of a live mount, both ends: one JSON line in, one JSON line out (docs/CLI.md).
+//!
+//! Only root and the daemon's own user get an answer, by SO_PEERCRED. Size and time are bounded on both sides. It answers
+//! as well while the volume is sealed. What the operations do is the caller's closure ([`super::mount`]).
+
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rustix::process::Pid;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::places;
+use super::record::path_text;
+use crate::crypto::VolumeId;
+use crate::kms::KeyIdentity;
+
+/// The protocol.
+const VERSION: u32 = 1;
+/// Longest line in either direction, in bytes.
+const MAX_LINE: u64 = 64 << 10;
+/// How long either end waits for the other's bytes.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client waits for a seal, which drops every cached page.
+const SEAL_PATIENCE: Duration = Duration::from_secs(60);
+/// Connections served at a time; one more is closed unanswered.
+const MAX_CLIENTS: usize = 8;
+
+/// What a mount can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Op {
+    /// Who and how: [`Status`].
+    Status,
+    /// Counters alone.
+    Metrics,
+    /// Wipe the keys now. Cannot be undone but by a new mount.
+    Seal,
+}
+
+/// The answer to [`Op::Status`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// 1.
+    pub schema: u32,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Its label.
+    pub label: String,
+    /// Backing directory.
+    #[serde(with = "path_text")]
+    pub backing: PathBuf,
+    /// Mountpoint.
+    #[serde(with = "path_text")]
+    pub mountpoint: PathBuf,
+    /// The daemon.
+    pub pid: i32,
+    /// RFC 3339, UTC.
+    pub started: String,
+    /// The KMS key in use.
+    pub key: KeyIdentity,
+    /// How this host reaches it.
+    pub uri: String,
+    /// As `-o` writes them.
+    pub options: Vec<String>,
+    /// Why the keys are wiped, if they are.
+    pub sealed: Option<String>,
+    /// Counters of the filesystem.
+    pub counters: Value,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Request {
+    v: u32,
+    op: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Reply {
+    v: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ok: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    error: Option<Refusal>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Refusal {
+    code: String,
+    message: String,
+}
+
+/// Makes the socket and serves it until the process ends. A socket left by a dead mount is replaced: whoever calls holds the
+/// volume's lock.
+///
+/// # Errors
+/// The system's.
+pub fn serve(path: &Path, answer: impl Fn(Op) -> Value + Send + Sync + 'static) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    // Between bind and chmod the peer check below is what keeps others out.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let answer = Arc::new(answer);
+    let clients = Arc::new(AtomicUsize::new(0));
+    std::thread::Builder::new().name("control".into()).spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else {
+                // Out of descriptors, most likely: not a reason to spin.
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+                clients.fetch_sub(1, Ordering::SeqCst);
+                continue;
+            }
+            let (answer, busy) = (Arc::clone(&answer), Arc::clone(&clients));
+            let spawned = std::thread::Builder::new().name("control-client".into()).spawn(move || {
+                if let Err(error) = converse(&stream, &*answer) {
+                    tracing::debug!(%error, "a control client went away");
+                }
+                busy.fetch_sub(1, Ordering::SeqCst);
+            });
+            if spawned.is_err() {
+                clients.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn converse(stream: &UnixStream, answer: &(impl Fn(Op) -> Value + ?Sized)) -> io::Result<()> {
+    let peer = rustix::net::sockopt::socket_peercred(stream)?.uid.as_raw();
+    let reply = if peer == 0 || peer == places::euid() {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut line = Vec::new();
+        BufReader::new(stream).take(MAX_LINE).read_until(b'\n', &mut line)?;
+        respond(&line, answer)
+    } else {
+        refuse("denied", "only root and the user of the mount are answered")
+    };
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut text = serde_json::to_vec(&reply)?;
+    text.push(b'\n');
+    let mut stream = stream;
+    stream.write_all(&text)
+}
+
+fn respond(line: &[u8], answer: &(impl Fn(Op) -> Value + ?Sized)) -> Reply {
+    let Ok(request) = serde_json::from_slice::<Request>(line) else {
+        return refuse("bad-request", "expected one line like {\"v\":1,\"op\":\"status\"}");
+    };
+    if request.v != VERSION {
+        return refuse("unknown-version", "this mount speaks version 1");
+    }
+    match serde_json::from_value(Value::String(request.op)) {
+        Ok(op) => Reply { v: VERSION, ok: Some(answer(op)), error: None },
+        Err(_) => refuse("unknown-op", "known are status, metrics, seal"),
+    }
+}
+
+fn refuse(code: &str, message: &str) -> Reply {
+    Reply { v: VERSION, ok: None, error: Some(Refusal { code: code.into(), message: message.into() }) }
+}
+
+/// A connection to a live mount.
+pub struct Client {
+    stream: UnixStream,
+    pid: Option<Pid>,
+}
+
+impl Client {
+    /// Connects, and makes sure that root or this user listens there.
+    ///
+    /// # Errors
+    /// The system's: nobody listens.
+    pub fn connect(socket: &Path) -> io::Result<Self> {
+        let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::symlink_metadata(socket)?);
+        let stream = UnixStream::connect(socket)?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream)?;
+        let uid = peer.uid.as_raw();
+        // Root looks into users' directories, too: there the user himself must be the one who listens.
+        let trusted = uid == 0 || uid == places::euid() || (places::euid() == 0 && uid == owner);
+        if !trusted {
+            return Err(io::Error::other("somebody else listens on the control socket"));
+        }
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self { stream, pid: Some(peer.pid) })
+    }
+
+    /// The daemon, as the kernel knows it.
+    pub fn pid(&self) -> Option<Pid> {
+        self.pid
+    }
+
+    /// Asks one thing.
+    ///
+    /// # Errors
+    /// The system's, a time-out, or the mount's refusal.
+    pub fn ask(mut self, op: Op) -> io::Result<Value> {
+        let patience = if op == Op::Seal { SEAL_PATIENCE } else { PATIENCE };
+        self.stream.set_read_timeout(Some(patience))?;
+        let op = serde_json::to_value(op)?;
+        let mut line = serde_json::to_vec(&serde_json::json!({ "v": VERSION, "op": op }))?;
+        line.push(b'\n');
+        self.stream.write_all(&line)?;
+        let mut reply = Vec::new();
+        BufReader::new(&self.stream).take(MAX_LINE).read_until(b'\n', &mut reply)?;
+        let reply: Reply = serde_json::from_slice(&reply)?;
+        match (reply.ok, reply.error) {
+            (Some(value), None) => Ok(value),
+            (_, Some(refusal)) => Err(io::Error::other(format!("the mount refused: {}", refusal.message))),
+            (None, None) => Err(io::Error::other("the mount gave an empty answer")),
+        }
+    }
+
+    /// Asks for the status.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub fn status(self) -> io::Result<Status> {
+        Ok(serde_json::from_value(self.ask(Op::Status)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn talk(path: &Path, bytes: &[u8]) -> Value {
+        let mut stream = UnixStream::connect(path).expect("connected");
+        stream.write_all(bytes).expect("sent");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("answer");
+        serde_json::from_str(&text).expect("one line of JSON")
+    }
+
+    #[test]
+    fn the_protocol() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("s");
+        std::fs::write(&path, "left over").expect("written");
+        serve(&path, |op| serde_json::json!({ "asked": op })).expect("served");
+        assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+        let value = Client::connect(&path).expect("connected").ask(Op::Seal).expect("answer");
+        assert_eq!(value, serde_json::json!({ "asked": "seal" }));
+        assert_eq!(Client::connect(&path).expect("connected").pid(), Some(rustix::process::getpid()));
+        let code = |bytes: &[u8]| talk(&path, bytes)["error"]["code"].as_str().map(str::to_owned);
+        assert_eq!(code(b"{\"v\":1,\"op\":\"fly\"}\n").as_deref(), Some("unknown-op"));
+        assert_eq!(code(b"{\"v\":2,\"op\":\"status\"}\n").as_deref(), Some("unknown-version"));
+        assert_eq!(code(b"hello\n").as_deref(), Some("bad-request"));
+        assert_eq!(code(&vec![b'x'; MAX_LINE as usize]).as_deref(), Some("bad-request"), "a line without end");
+    }
+}

@@ -1,0 +1,175 @@
+//! `erase`: destroys a volume's keys at the key service, step by step, each step journalled.
+//!
+//! [`prepare`](plan::prepare) looks and changes nothing; [`Prepared::confirm`] compares what the person typed;
+//! [`Confirmed::run`](run) acts. Every step can be repeated: after a crash the command is simply run again, and the journal
+//! only carries over when things happened and what was proved.
+
+mod plan;
+mod run;
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::Error;
+use super::backing::Contents;
+use super::journal::{Journal, Place};
+use crate::crypto::VolumeId;
+use crate::kms::{Binding, KeyDescription, KeyIdentity, KeyUri, Wrapped};
+
+pub use plan::prepare;
+pub use run::{Outcome, Report};
+
+/// What to erase.
+#[derive(Clone, Debug)]
+pub enum Victim {
+    /// The volume in this backing directory.
+    Backing(PathBuf),
+    /// A volume whose backing directory is out of reach.
+    OutOfReach(VolumeId),
+}
+
+/// A KMS key to destroy.
+struct Target {
+    scope: u32,
+    version: u32,
+    slot: u32,
+    identity: KeyIdentity,
+    uri: KeyUri,
+    probe: Option<(Binding, Wrapped)>,
+}
+
+/// What an erase would do.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    /// 1.
+    pub schema: u32,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Its label, if known.
+    pub label: Option<String>,
+    /// Its backing directory, if within reach.
+    pub backing: Option<String>,
+    /// Whether this host's pin vouches for the keys below. If not, they are what volume file and command line say.
+    pub pinned: bool,
+    /// The keys that would be destroyed.
+    pub keys: Vec<PlannedKey>,
+    /// Keys that the volume file names besides, unverified, for which there is no URI. They would be left.
+    pub left: Vec<KeyIdentity>,
+    /// Other volumes that this host knows to die with these keys.
+    pub shared_with: Vec<Shared>,
+    /// What the volume holds, if within reach.
+    pub contents: Option<Contents>,
+    /// Where these volumes are mounted on this host.
+    pub live_mounts: Vec<LiveMount>,
+    /// What would remain possible afterwards.
+    pub remains: Vec<String>,
+    /// An erase that was begun before. Not authenticated.
+    pub begun: Option<Journal>,
+}
+
+/// A key in a [`Plan`].
+#[derive(Debug, Serialize)]
+pub struct PlannedKey {
+    /// What to type to confirm.
+    pub name: String,
+    /// Which key.
+    pub identity: KeyIdentity,
+    /// How this host reaches it.
+    pub uri: KeyUri,
+    /// What the key service says of it now.
+    pub description: Option<KeyDescription>,
+    /// Why it says nothing.
+    pub problem: Option<String>,
+}
+
+/// A volume that shares a key.
+#[derive(Debug, Serialize)]
+pub struct Shared {
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Its label.
+    pub label: String,
+}
+
+/// A mount that would be sealed.
+#[derive(Debug, Serialize)]
+pub struct LiveMount {
+    /// The volume; null if its daemon cannot be reached.
+    pub volume_id: Option<VolumeId>,
+    /// Where.
+    pub mountpoint: String,
+    /// Its daemon answers.
+    pub reachable: bool,
+}
+
+/// An erase that has been looked at.
+pub struct Prepared {
+    /// What it would do.
+    pub plan: Plan,
+    targets: Vec<Target>,
+    backing: Option<OwnedFd>,
+}
+
+/// An erase that may act.
+pub struct Confirmed {
+    prepared: Prepared,
+    place: Place,
+}
+
+/// What a person typed to confirm.
+#[derive(Clone, Debug, Default)]
+pub struct Confirmation {
+    /// The volume's id.
+    pub volume: String,
+    /// The name of each key.
+    pub keys: Vec<String>,
+    /// Other volumes that may die with the keys.
+    pub also: Vec<VolumeId>,
+}
+
+impl Prepared {
+    /// Names of the keys, each once.
+    pub fn key_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.plan.keys.iter().map(|key| key.name.clone()).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Compares a confirmation. Nothing has been changed up to here.
+    ///
+    /// # Errors
+    /// [`Error::NotConfirmed`]; or no place for the journal.
+    pub fn confirm(self, confirmation: &Confirmation) -> Result<Confirmed, Error> {
+        let refuse = |why: String| Err(Error::NotConfirmed(format!("{why}; nothing was changed")));
+        if confirmation.volume.trim() != self.plan.volume_id.to_string() {
+            return refuse("the volume id typed is not this volume's".into());
+        }
+        let mut typed: Vec<String> = confirmation.keys.iter().map(|key| key.trim().to_owned()).collect();
+        typed.sort();
+        typed.dedup();
+        if typed != self.key_names() {
+            return refuse("the key names typed are not this volume's: type every one of them".into());
+        }
+        let unnamed: Vec<String> = self
+            .plan
+            .shared_with
+            .iter()
+            .filter(|shared| !confirmation.also.contains(&shared.volume_id))
+            .map(|shared| shared.volume_id.to_string())
+            .collect();
+        if !unnamed.is_empty() {
+            return refuse(format!(
+                "other volumes die with the same key: {}; if they are to go too, add --also-erases for each",
+                unnamed.join(", ")
+            ));
+        }
+        let place = match &self.backing {
+            Some(fd) => Place::Backing(fd.try_clone().map_err(Error::io("cannot duplicate a descriptor"))?),
+            None => Place::on_host(self.plan.volume_id).map_err(Error::io("no place for the journal of the erase"))?,
+        };
+        Ok(Confirmed { prepared: self, place })
+    }
+}

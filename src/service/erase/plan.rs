@@ -1,0 +1,243 @@
+//! Looking before an erase: which keys, what dies with them, what would remain. Changes nothing.
+
+use std::path::Path;
+
+use super::{LiveMount, Plan, PlannedKey, Prepared, Shared, Target, Victim};
+use crate::crypto::VolumeId;
+use crate::kms::{self, Binding, KeyIdentity, KeyUri, Purpose, Wrapped};
+use crate::service::control::Client;
+use crate::service::journal::{self, Place};
+use crate::service::record::{self, path_text};
+use crate::service::trust::{self, Pin};
+use crate::service::{Error, SCHEMA, backing, mountinfo, places};
+use crate::volume::meta::{Body, Slot, VolumeFile};
+
+/// Looks at what an erase would do. `uris` are keys given with the command, for a volume without a pin.
+///
+/// # Errors
+/// Not a volume; no key known; the provider is not configured.
+pub fn prepare(victim: &Victim, uris: &[KeyUri]) -> Result<Prepared, Error> {
+    let (volume, bodies, dir, path) = match victim {
+        Victim::Backing(path) => {
+            let path = backing::canonical(path, "backing directory")?;
+            let dir = backing::open(&path)?;
+            let copies = VolumeFile::read(&dir)?;
+            let bodies: Vec<Body> = copies.iter().map(|copy| copy.body().clone()).collect();
+            let Some(first) = bodies.first() else { return Err(crate::volume::meta::MetaError::NotAVolume.into()) };
+            (first.volume_id, bodies, Some(dir), Some(path))
+        }
+        Victim::OutOfReach(volume) => (*volume, Vec::new(), None, None),
+    };
+    let claims: Vec<Claim> = bodies.iter().filter(|body| body.volume_id == volume).flat_map(claims).collect();
+    let pin = trust::find(volume)?.map(|found| found.pin);
+    let mut targets = pin.as_ref().map(of_pin).unwrap_or_default();
+    add_given(&mut targets, uris, &claims)?;
+    if targets.is_empty() {
+        return Err(Error::Usage(format!(
+            "this host has no pin for volume {volume}, so its volume file is not believed: name the key with --key URI"
+        )));
+    }
+    for target in &mut targets {
+        target.probe = probe(volume, target, &claims);
+    }
+    let mut left: Vec<KeyIdentity> = Vec::new();
+    for claim in &claims {
+        let known = targets.iter().any(|target| target.identity.same_key(&claim.slot.identity));
+        if !known && !left.contains(&claim.slot.identity) {
+            left.push(claim.slot.identity.clone());
+        }
+    }
+    let keys = describe(&targets)?;
+    let shared_with = shared(volume, &targets);
+    let begun = match &dir {
+        Some(dir) => journal::read_backing(dir),
+        None => existing_on_host(volume),
+    };
+    let plan = Plan {
+        schema: SCHEMA,
+        volume_id: volume,
+        label: bodies.first().map(|body| body.label.clone()).or_else(|| pin.as_ref().map(|pin| pin.label.clone())),
+        backing: path.as_deref().map(path_text::encode),
+        pinned: pin.is_some(),
+        live_mounts: live_mounts(volume, &shared_with)?,
+        remains: remains(&targets, &left, dir.is_some()),
+        keys,
+        left,
+        shared_with,
+        contents: path.as_deref().map(backing::count),
+        begun,
+    };
+    Ok(Prepared { plan, targets, backing: dir })
+}
+
+/// Never makes the state directory: a plan changes nothing.
+fn existing_on_host(volume: VolumeId) -> Option<journal::Journal> {
+    Place::Host(places::erase_dir().ok()?.join(format!("{volume}.json"))).read(volume)
+}
+
+/// A slot as some copy of the volume file has it.
+struct Claim {
+    scope: u32,
+    version: u32,
+    slot: Slot,
+}
+
+fn claims(body: &Body) -> impl Iterator<Item = Claim> {
+    body.scopes.iter().flat_map(|scope| {
+        scope.keks.iter().flat_map(|kek| {
+            let (scope, version) = (scope.id, kek.version);
+            kek.slots.iter().map(move |slot| Claim { scope, version, slot: slot.clone() })
+        })
+    })
+}
+
+fn of_pin(pin: &Pin) -> Vec<Target> {
+    pin.slots()
+        .map(|(scope, version, slot)| Target {
+            scope,
+            version,
+            slot: slot.id,
+            identity: slot.identity.clone(),
+            uri: slot.uri.clone(),
+            probe: None,
+        })
+        .collect()
+}
+
+/// Keys given with the command: those of the volume file's claims that the URI can mean, else what stands there now. The
+/// destruction itself checks the identity again.
+fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Result<(), Error> {
+    for uri in uris {
+        // The pin knows this key already; a key file may have moved.
+        let mut known = false;
+        for target in targets.iter_mut().filter(|target| means(uri, &target.identity)) {
+            target.uri = uri.clone();
+            known = true;
+        }
+        if known {
+            continue;
+        }
+        let before = targets.len();
+        for claim in claims.iter().filter(|claim| means(uri, &claim.slot.identity)) {
+            if targets.iter().all(|target| target.identity != claim.slot.identity) {
+                targets.push(Target {
+                    scope: claim.scope,
+                    version: claim.version,
+                    slot: claim.slot.id,
+                    identity: claim.slot.identity.clone(),
+                    uri: uri.clone(),
+                    probe: None,
+                });
+            }
+        }
+        if targets.len() > before {
+            continue;
+        }
+        if !claims.is_empty() {
+            return Err(Error::Usage(format!("{uri} is not among the keys of this volume: see `lethefs status`")));
+        }
+        let identity = kms::admin(uri)?.describe()?.identity;
+        targets.push(Target { scope: 0, version: 1, slot: 1, identity, uri: uri.clone(), probe: None });
+    }
+    Ok(())
+}
+
+/// Whether a URI can mean this key, by name alone.
+fn means(uri: &KeyUri, identity: &KeyIdentity) -> bool {
+    match (uri, identity) {
+        (KeyUri::Transit(uri), KeyIdentity::Transit { engine, key, .. }) => uri.engine == *engine && uri.key == *key,
+        (KeyUri::File(_), KeyIdentity::File { .. }) => true,
+        (KeyUri::Transit(_), KeyIdentity::File { .. }) | (KeyUri::File(_), KeyIdentity::Transit { .. }) => false,
+    }
+}
+
+/// Something that the key had wrapped: the canary, which opens nothing.
+fn probe(volume: VolumeId, target: &Target, claims: &[Claim]) -> Option<(Binding, Wrapped)> {
+    let claim = claims.iter().find(|claim| {
+        claim.slot.identity == target.identity && claim.version == target.version && !claim.slot.canary.0.is_empty()
+    })?;
+    let binding = Binding { volume, scope: claim.scope, version: claim.version, purpose: Purpose::Canary };
+    Some((binding, claim.slot.canary.clone()))
+}
+
+fn describe(targets: &[Target]) -> Result<Vec<PlannedKey>, Error> {
+    let mut keys: Vec<PlannedKey> = Vec::new();
+    for target in targets {
+        if keys.iter().any(|key| key.uri == target.uri && key.identity.same_key(&target.identity)) {
+            continue;
+        }
+        let described = kms::admin(&target.uri)?.describe();
+        let problem = described.as_ref().err().map(ToString::to_string);
+        keys.push(PlannedKey {
+            name: target.identity.name(),
+            identity: target.identity.clone(),
+            uri: target.uri.clone(),
+            description: described.ok(),
+            problem,
+        });
+    }
+    Ok(keys)
+}
+
+fn shared(volume: VolumeId, targets: &[Target]) -> Vec<Shared> {
+    let dies = |pin: &Pin| pin.slots().any(|(_, _, slot)| targets.iter().any(|t| t.identity.same_key(&slot.identity)));
+    trust::all()
+        .into_iter()
+        .map(|found| found.pin)
+        .filter(|pin| pin.volume_id != volume && dies(pin))
+        .map(|pin| Shared { volume_id: pin.volume_id, label: pin.label })
+        .collect()
+}
+
+/// Mounts on this host of the volume and of those that die with it, and mounts that nobody here can ask.
+fn live_mounts(volume: VolumeId, shared: &[Shared]) -> Result<Vec<LiveMount>, Error> {
+    let mounts = mountinfo::read().map_err(Error::io("cannot read /proc/self/mountinfo"))?;
+    let users: Vec<u32> = mounts.iter().filter(|mount| mount.is_lethefs()).filter_map(|mount| mount.user).collect();
+    let records = record::all(&users);
+    let mut live = Vec::new();
+    for (record, files) in &records {
+        let concerned = record.volume_id == volume || shared.iter().any(|shared| shared.volume_id == record.volume_id);
+        let reachable = Client::connect(&files.socket).is_ok();
+        let mounted = mounts.iter().any(|mount| mount.is_lethefs() && mount.mountpoint == record.mountpoint);
+        if concerned && (reachable || mounted) {
+            let mountpoint = path_text::encode(&record.mountpoint);
+            live.push(LiveMount { volume_id: Some(record.volume_id), mountpoint, reachable });
+        }
+    }
+    for mount in mounts.iter().filter(|mount| mount.is_lethefs()) {
+        let known = |path: &Path| records.iter().any(|(record, _)| record.mountpoint == path);
+        if !known(&mount.mountpoint) {
+            live.push(LiveMount {
+                volume_id: None,
+                mountpoint: path_text::encode(&mount.mountpoint),
+                reachable: false,
+            });
+        }
+    }
+    Ok(live)
+}
+
+/// What nobody here can exclude.
+fn remains(targets: &[Target], left: &[KeyIdentity], within_reach: bool) -> Vec<String> {
+    let mut remains = Vec::new();
+    let mut add = |text: &str| remains.push(text.to_owned());
+    if targets.iter().any(|target| matches!(target.identity, KeyIdentity::Transit { .. })) {
+        add("a snapshot or backup of the key service, restored, brings the key back: destroy or outwait those, too");
+    }
+    if targets.iter().any(|target| matches!(target.identity, KeyIdentity::File { .. })) {
+        add(
+            "any copy of the key file (backups, snapshots, the blocks of the disk it lay on) opens the volume as before",
+        );
+    }
+    if !left.is_empty() {
+        add(
+            "the volume file names further keys (unverified) for which no URI is known here: each of them opens the volume",
+        );
+    }
+    add("mounts on other hosts keep what they cached, and their keys, until they are unmounted or notice");
+    add("what programs copied out of the volume is not in it any more");
+    if !within_reach {
+        add("the wrapped keys stay in the volume file, which is out of reach: harmless once the KMS keys are gone");
+    }
+    remains
+}

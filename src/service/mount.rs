@@ -1,0 +1,293 @@
+//! `mount`: from a backing directory to a filesystem that answers, and to its orderly end.
+//!
+//! [`run`] is the whole life of the process that serves a mount. Order matters: lock, volume file, pin, one unwrap, the
+//! commitment, the file's authenticity, the root, the mount, the control socket; only then is anybody told.
+
+mod unlock;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::control::{self, Op, Status};
+use super::record::{self, Files, Record, path_text};
+use super::{Error, SCHEMA, backing, journal, mountinfo, places, trust};
+use crate::crypto::VolumeId;
+use crate::fs::session::{MountHandle, MountOptions, Mounted};
+use crate::keyring::SealReason;
+use crate::kms::{KeyIdentity, KeyUri};
+use crate::sys::process;
+use crate::volume::Volume;
+use crate::volume::meta::VolumeFile;
+
+/// What to mount, where and how.
+pub struct Request {
+    /// The backing directory.
+    pub backing: PathBuf,
+    /// The mountpoint.
+    pub mountpoint: PathBuf,
+    /// Vouch for a volume that this host does not know.
+    pub trust: bool,
+    /// The key's URI, where the pin does not say it.
+    pub uri: Option<KeyUri>,
+    /// Where a mount in the background logs to.
+    pub log_file: Option<PathBuf>,
+    /// For the filesystem.
+    pub options: MountOptions,
+}
+
+/// A mount that answers.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// 1.
+    pub schema: u32,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Its label.
+    pub label: String,
+    /// Backing directory.
+    #[serde(with = "path_text")]
+    pub backing: PathBuf,
+    /// Mountpoint.
+    #[serde(with = "path_text")]
+    pub mountpoint: PathBuf,
+    /// The daemon.
+    pub pid: i32,
+    /// The key in use.
+    pub key: KeyIdentity,
+    /// How this host reaches it.
+    pub uri: KeyUri,
+    /// As `-o` writes them.
+    pub options: Vec<String>,
+    /// Where a mount in the background logs to.
+    #[serde(with = "path_text")]
+    pub log: PathBuf,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// Mounts, calls `ready` once the filesystem answers, and serves until it is unmounted.
+///
+/// # Errors
+/// What kept it from mounting; `ready` was not called, or failed itself. After `ready`, only how it ended.
+pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) -> Result<(), Error> {
+    process::harden();
+    let backing_path = backing::canonical(&request.backing, "backing directory")?;
+    let mountpoint = check_mountpoint(&request.mountpoint)?;
+    check_paths(&backing_path, &mountpoint)?;
+    let backing = backing::open(&backing_path)?;
+    take_lock(&backing, &backing_path)?;
+    // Held to the very end, whatever the filesystem does with its own descriptor.
+    let _lock = backing.try_clone().map_err(Error::io("cannot duplicate a descriptor"))?;
+
+    let copies = VolumeFile::read(&backing)?;
+    let journal = journal::read_backing(&backing);
+    let mut warnings = Vec::new();
+    let grant = trust::grant(copies, request.trust, request.uri.as_ref())?;
+    let unlocked = unlock::unlock(&grant, journal.as_ref())?;
+    if let Some(journal) = &journal {
+        warnings.push(format!("{}; yet the key still opens this volume", journal.sentence()));
+    }
+    let body = &unlocked.body;
+    if unlocked.repair && !request.options.read_only {
+        VolumeFile::write(&backing, body, &unlocked.keys)?;
+        warnings.push("one copy of the volume file was missing or damaged: both were written anew".into());
+    }
+    let pin = remember(&grant.pin, &unlocked, &mut warnings);
+    unlocked.keys.set_lowest_version(pin.lowest_version);
+
+    let runtime = places::runtime_dir();
+    places::make_dir(&runtime).map_err(Error::io(format!("cannot use the runtime directory {}", runtime.display())))?;
+    let files = Files::new(&runtime, body.volume_id);
+    let record = Record::of_self(body.volume_id, body.label.clone(), backing_path.clone(), mountpoint.clone());
+    let report = Report {
+        schema: SCHEMA,
+        volume_id: body.volume_id,
+        label: body.label.clone(),
+        backing: backing_path.clone(),
+        mountpoint: mountpoint.clone(),
+        pid: record.pid,
+        key: unlocked.used.slot.identity.clone(),
+        uri: unlocked.used.uri.clone(),
+        options: option_texts(&request.options),
+        log: request.log_file.clone().unwrap_or_else(|| files.log.clone()),
+        warnings,
+    };
+
+    let volume = Volume::open(backing, &backing_path, &unlocked.body, unlocked.keys, request.options.read_only)?;
+    // From here on a signal means an orderly end; before, it ends a process that has not mounted anything.
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Error::io("cannot catch signals"))?;
+    let mounted = Mounted::start(volume, &mountpoint, &request.options)
+        .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
+    let handle = mounted.handle();
+    let started = serve_control(&files, &record, &report, handle.clone())
+        .and_then(|()| watch_signals(signals, handle.clone(), files.clone()))
+        .map_err(Error::io("cannot set up the control socket"))
+        .and_then(|()| ready(&report));
+    if started.is_err() {
+        let _ = handle.unmount(true);
+    }
+    let ended = mounted.wait();
+    files.remove();
+    started?;
+    ended.map_err(|error| Error::Mount(format!("the mount did not end cleanly: {error}")))
+}
+
+/// Canonical path of a mountpoint that is not ours already.
+fn check_mountpoint(given: &Path) -> Result<PathBuf, Error> {
+    let mounts = mountinfo::read().map_err(Error::io("cannot read /proc/self/mountinfo"))?;
+    let path = std::fs::canonicalize(given).map_err(|error| {
+        let shown = given.display();
+        Error::Mount(match (error.kind(), rustix::io::Errno::from_io_error(&error)) {
+            (_, Some(rustix::io::Errno::NOTCONN)) => {
+                format!("a mount whose daemon is gone is in the way at {shown}: unmount it first (lethefs umount --lazy {shown})")
+            }
+            (io::ErrorKind::NotFound, _) => format!("there is no mountpoint {shown}: make the directory first"),
+            _ => format!("cannot reach the mountpoint {shown}: {error}"),
+        })
+    })?;
+    if mountinfo::at(&mounts, &path).is_some_and(mountinfo::Mount::is_lethefs) {
+        return Err(Error::InUse(format!(
+            "a lethefs volume is already mounted at {}: see `lethefs status`",
+            path.display()
+        )));
+    }
+    if !path.is_dir() {
+        return Err(Error::Mount(format!("the mountpoint {} is not a directory", path.display())));
+    }
+    Ok(path)
+}
+
+/// Refuses a mount that would cover its own backing directory or lie in it, and a tree that spans filesystems.
+fn check_paths(backing: &Path, mountpoint: &Path) -> Result<(), Error> {
+    let (shown, at) = (backing.display(), mountpoint.display());
+    if backing == mountpoint {
+        return Err(Error::Usage(format!("backing directory and mountpoint are both {shown}: use two directories")));
+    }
+    if mountpoint.starts_with(backing) {
+        return Err(Error::Usage(format!("the mountpoint {at} is inside the backing directory {shown}: move it out")));
+    }
+    if backing.starts_with(mountpoint) {
+        return Err(Error::Usage(format!(
+            "the backing directory {shown} is inside the mountpoint {at}, which would hide it"
+        )));
+    }
+    let mounts = mountinfo::read().map_err(Error::io("cannot read /proc/self/mountinfo"))?;
+    if let Some(mount) = mountinfo::below(&mounts, backing).next() {
+        return Err(Error::Mount(format!(
+            "another filesystem is mounted below the backing directory, at {}: unmount it first",
+            mount.mountpoint.display()
+        )));
+    }
+    Ok(())
+}
+
+fn take_lock(backing: &OwnedFd, path: &Path) -> Result<(), Error> {
+    if backing::lock(backing, path)? {
+        return Ok(());
+    }
+    let volume = VolumeFile::read(backing).ok().and_then(|copies| copies.first().map(|copy| copy.body().volume_id));
+    let who = match volume.and_then(record::find) {
+        Some(record) => format!("at {} by process {}", record.mountpoint.display(), record.pid),
+        None => "by a process of another user or host namespace".into(),
+    };
+    Err(Error::InUse(format!("{} is already mounted {who}: unmount it there first", path.display())))
+}
+
+/// Raises the pin to what the authenticated file says. Not being able to is no reason not to mount, except at first sight.
+fn remember(known: &trust::Pin, unlocked: &unlock::Unlocked, warnings: &mut Vec<String>) -> trust::Pin {
+    let mut pin = known.clone();
+    pin.refresh(&unlocked.body);
+    let on_disk = trust::find(pin.volume_id).ok().flatten();
+    if on_disk.is_none_or(|found| found.pin != pin) {
+        match pin.save() {
+            Ok(path) => tracing::info!(pin = %path.display(), "pin written"),
+            Err(error) => warnings.push(format!("{error}; this host will not remember what it saw")),
+        }
+    }
+    pin
+}
+
+fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountHandle) -> io::Result<()> {
+    let status = Status {
+        schema: SCHEMA,
+        volume_id: record.volume_id,
+        label: record.label.clone(),
+        backing: record.backing.clone(),
+        mountpoint: record.mountpoint.clone(),
+        pid: record.pid,
+        started: record.started.clone(),
+        key: report.key.clone(),
+        uri: report.uri.to_string(),
+        options: report.options.clone(),
+        sealed: None,
+        counters: serde_json::Value::Null,
+    };
+    control::serve(&files.socket, move |op| {
+        let value = match op {
+            Op::Status => {
+                let counters = serde_json::to_value(handle.status()).unwrap_or_default();
+                let sealed = counters.get("sealed").and_then(|reason| reason.as_str()).map(str::to_owned);
+                serde_json::to_value(Status { sealed, counters, ..status.clone() })
+            }
+            Op::Metrics => serde_json::to_value(handle.status()),
+            Op::Seal => {
+                tracing::warn!("sealed on request");
+                serde_json::to_value(handle.seal(SealReason::Revoked))
+            }
+        };
+        value.unwrap_or_default()
+    })?;
+    record::write(files, record)
+}
+
+/// The first signal unmounts, lazily if the mount is in use; a second one wipes the keys and ends at once.
+fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files) -> io::Result<()> {
+    let watch = move || {
+        let mut asked = false;
+        for signal in signals.forever() {
+            if asked {
+                handle.seal(SealReason::Unmounted);
+                files.remove();
+                std::process::exit(1);
+            }
+            asked = true;
+            tracing::info!(signal, "unmounting");
+            let handle = handle.clone();
+            // On its own thread: pushing data out may take long, and the next signal must be heard meanwhile.
+            std::thread::spawn(move || {
+                let unmounted = handle.unmount(false).or_else(|error| {
+                    tracing::warn!(%error, "in use: detached, and served until its last user is gone");
+                    handle.unmount(true)
+                });
+                if let Err(error) = unmounted {
+                    tracing::error!(%error, "cannot unmount");
+                }
+            });
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(watch).map(drop)
+}
+
+/// The options in effect, as `-o` writes them.
+fn option_texts(options: &MountOptions) -> Vec<String> {
+    let word =
+        |on: bool, yes: &str, no: &str| Some(if on { yes } else { no }.to_owned()).filter(|text| !text.is_empty());
+    let texts = [
+        word(options.read_only, "ro", "rw"),
+        word(options.suid, "suid", "nosuid"),
+        word(options.dev, "dev", "nodev"),
+        word(options.exec, "", "noexec"),
+        word(options.noatime, "noatime", ""),
+        word(options.allow_other, "allow_other", ""),
+        word(options.default_permissions, "default_permissions", ""),
+        word(options.acl, "acl", ""),
+        options.fsname.as_ref().map(|name| format!("fsname={name}")),
+        options.threads.map(|threads| format!("threads={threads}")),
+    ];
+    texts.into_iter().flatten().collect()
+}
