@@ -14,9 +14,11 @@
 //!
 //! `docs/ARCHITECTURE.md` is the guide to the rooms.
 
+pub mod cli;
 pub mod crypto;
 pub mod fs;
 pub mod keyring;
 pub mod kms;
+pub mod service;
 pub mod sys;
 pub mod volume;

@@ -74,18 +74,7 @@ pub fn of_helper(given: &args::Helper) -> Result<Asked, Error> {
 
 fn start(backing: PathBuf, mountpoint: PathBuf) -> Asked {
     // suid and dev are off unless asked for: the backing store's modes are not authenticated.
-    let options = MountOptions {
-        allow_other: false,
-        default_permissions: false,
-        read_only: false,
-        suid: false,
-        dev: false,
-        exec: true,
-        noatime: false,
-        acl: false,
-        fsname: None,
-        threads: None,
-    };
+    let options = MountOptions { suid: false, dev: false, ..MountOptions::default() };
     let request = mount::Request { backing, mountpoint, trust: false, uri: None, log_file: None, options };
     Asked { request, foreground: false }
 }

@@ -150,6 +150,12 @@ impl KeySource for Transit {
     }
 
     fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, identity: &KeyIdentity) -> Result<Key32, KmsError> {
+        if wrapped_version(wrapped).is_none() {
+            return Err(KmsError::new(
+                Failure::BadData,
+                "the wrapped key does not have the form that Transit gives it: it is damaged, or another service's",
+            ));
+        }
         let body = json!({ "ciphertext": wrapped.0, "context": STANDARD.encode(binding.bytes()) });
         let reply = self.client.call(&Method::POST, &self.path("decrypt"), Some(&body), None)?;
         if classify(&reply).0 != Meaning::Done {

@@ -106,7 +106,8 @@ static TABLE: &[Row] = &[
         Failure::Suspended,
     ),
     row(400, Words::Is("invalid ciphertext: version is too new"), Meaning::TooNew, Failure::BadData),
-    row(400, Words::Is("cipher: message authentication failed"), Meaning::NotAuthentic, Failure::BadData),
+    // `cipher: …` for AES-GCM, `chacha20poly1305: …` for the other two types.
+    row(400, Words::Ends(": message authentication failed"), Meaning::NotAuthentic, Failure::BadData),
     row(400, Words::Begins("invalid ciphertext"), Meaning::Malformed, Failure::BadData),
     row(400, Words::Is("missing ciphertext to decrypt"), Meaning::Malformed, Failure::BadData),
     row(400, Words::Begins("missing 'context' for key derivation"), Meaning::NoContext, Failure::Protocol),

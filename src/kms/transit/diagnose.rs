@@ -28,9 +28,9 @@ fn dummy() -> Wrapped {
     Wrapped(format!("vault:v1:{}", STANDARD.encode([0; 60])))
 }
 
-/// The version in `vault:vN:…`.
+/// The version in `vault:vN:…`. The server also takes 0 for 1; nothing writes that.
 pub(super) fn wrapped_version(wrapped: &Wrapped) -> Option<u32> {
-    wrapped.0.strip_prefix("vault:v")?.split_once(':')?.0.parse().ok()
+    wrapped.0.strip_prefix("vault:v")?.split_once(':')?.0.parse().ok().filter(|version| *version > 0)
 }
 
 fn not_destroyed(message: impl Into<String>) -> KmsError {
