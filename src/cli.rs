@@ -205,8 +205,8 @@ fn run_status(given: &args::Status) -> Result<u8, Error> {
     let text = match (&given.path, given.json) {
         (Some(path), true) => output::json(&status::of(path)?),
         (Some(path), false) => output::status(&status::of(path)?),
-        (None, true) => output::json(&serde_json::json!({ "schema": 1, "mounts": status::all()? })),
-        (None, false) => output::status_all(&status::all()?),
+        (None, true) => output::json(&status::all()?),
+        (None, false) => output::status_all(&status::all()?.mounts),
     };
     output::print(&text);
     Ok(0)

@@ -40,6 +40,17 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
+/// Every live mount.
+#[derive(Debug, Serialize)]
+pub struct List {
+    /// 1.
+    pub schema: u32,
+    /// Always null: it is about many.
+    pub volume_id: Option<VolumeId>,
+    /// One each.
+    pub mounts: Vec<Report>,
+}
+
 /// How a volume file stands to this host's pin.
 #[derive(Debug, Serialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
@@ -61,7 +72,7 @@ pub enum PinState {
 ///
 /// # Errors
 /// No `/proc`.
-pub fn all() -> Result<Vec<Report>, Error> {
+pub fn all() -> Result<List, Error> {
     let mounts = mountinfo::read().map_err(Error::io("cannot read /proc/self/mountinfo"))?;
     let mine: Vec<_> = mounts.iter().filter(|mount| mount.is_lethefs()).collect();
     let users: Vec<u32> = mine.iter().filter_map(|mount| mount.user).collect();
@@ -80,7 +91,7 @@ pub fn all() -> Result<Vec<Report>, Error> {
     for mount in mine.iter().filter(|mount| !recorded.contains(&mount.mountpoint)) {
         reports.push(of_stranger(&mount.mountpoint));
     }
-    Ok(reports)
+    Ok(List { schema: SCHEMA, volume_id: None, mounts: reports })
 }
 
 /// A backing directory or a mountpoint.
