@@ -185,9 +185,7 @@ impl Keyring {
     /// # Errors
     /// No locked memory to be had.
     pub fn new(volume: VolumeId) -> io::Result<Self> {
-        let build = |bytes| -> io::Result<Vec<_>> {
-            (0..SHARDS).map(|_| Arena::new(bytes).map(RwLock::new)).collect()
-        };
+        let build = |bytes| -> io::Result<Vec<_>> { (0..SHARDS).map(|_| Arena::new(bytes).map(RwLock::new)).collect() };
         let shards = build(SHARD_BYTES).or_else(|_| build(SMALL_SHARD_BYTES))?;
         let keks = Keks { arena: Arena::new(4096)?, held: Vec::new(), current: (0, 0), lowest: 1 };
         Ok(Self { volume, closed: AtomicU8::new(0), keks: RwLock::new(keks), shards })
@@ -231,11 +229,7 @@ impl Keyring {
     ///
     /// # Errors
     /// Any [`KeyringError`].
-    pub fn make(
-        &self,
-        object: ObjectId,
-        aad: impl FnOnce(u32, u32) -> [u8; DEK_AAD_LEN],
-    ) -> Result<Dek, KeyringError> {
+    pub fn make(&self, object: ObjectId, aad: impl FnOnce(u32, u32) -> [u8; DEK_AAD_LEN]) -> Result<Dek, KeyringError> {
         let dek = Key32::random()?;
         let nonce = random::nonce()?;
         let sealed = {

@@ -38,7 +38,11 @@ fn code(text: &str) -> String {
 
 fn imports_upward(own: &str, text: &str) -> Vec<String> {
     let Some(rank) = LAYERS.iter().position(|layer| *layer == own) else { return Vec::new() };
-    LAYERS[..rank].iter().filter(|above| code(text).contains(&format!("crate::{above}"))).map(|above| (*above).to_owned()).collect()
+    LAYERS[..rank]
+        .iter()
+        .filter(|above| code(text).contains(&format!("crate::{above}")))
+        .map(|above| (*above).to_owned())
+        .collect()
 }
 
 #[test]

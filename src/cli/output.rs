@@ -72,7 +72,7 @@ pub fn umount(report: &umount::Report) -> String {
     if report.ended {
         format!("{at} is unmounted, everything is on disk\n")
     } else {
-        format!("{at} is detached; its daemon ends when its last user lets go\n")
+        format!("{at} is unmounted or detached; its daemon ends when its last user lets go\n")
     }
 }
 

@@ -51,11 +51,7 @@ impl Arena {
     ///
     /// # Errors
     /// `fill`'s.
-    pub fn insert<T, E>(
-        &mut self,
-        tag: u128,
-        fill: impl FnOnce(&mut [u8; SLOT_LEN]) -> Result<T, E>,
-    ) -> Result<T, E> {
+    pub fn insert<T, E>(&mut self, tag: u128, fill: impl FnOnce(&mut [u8; SLOT_LEN]) -> Result<T, E>) -> Result<T, E> {
         let slot = match self.index.get(&tag) {
             Some(&slot) => slot,
             None => self.free_slot(),

@@ -61,14 +61,7 @@ fn hkdf(salt: &[u8; 16], ikm: &[u8; 32], info: &[&[u8]], out: &mut [u8; 32]) {
 }
 
 /// Derives from a KEK (or a canary) into `out`.
-pub fn from_kek(
-    kek: &[u8; 32],
-    label: KekLabel,
-    volume: &VolumeId,
-    scope: u32,
-    version: u32,
-    out: &mut [u8; 32],
-) {
+pub fn from_kek(kek: &[u8; 32], label: KekLabel, volume: &VolumeId, scope: u32, version: u32, out: &mut [u8; 32]) {
     hkdf(&volume.0, kek, &[label.bytes(), &scope.to_le_bytes(), &version.to_le_bytes()], out);
 }
 

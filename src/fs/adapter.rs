@@ -83,9 +83,9 @@ fn attr(attributes: &Attributes) -> FileAttr {
         ino: INodeNo(attributes.ino),
         size: attributes.size,
         blocks: stat.st_blocks as u64,
-        atime: time(stat.st_atime, stat.st_atime_nsec as u64),
-        mtime: time(stat.st_mtime, stat.st_mtime_nsec as u64),
-        ctime: time(stat.st_ctime, stat.st_ctime_nsec as u64),
+        atime: time(stat.st_atime, stat.st_atime_nsec),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
         crtime: SystemTime::UNIX_EPOCH,
         kind: file_type(attributes.kind),
         perm: (stat.st_mode & 0o7777) as u16,
@@ -200,8 +200,7 @@ impl fuser::Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let changes =
-            Changes { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
+        let changes = Changes { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
         reply_attr(reply, self.enter().and_then(|()| self.fs.setattr(caller(req), ino.0, changes)));
     }
 
@@ -212,18 +211,8 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
-    fn mknod(
-        &self,
-        req: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        umask: u32,
-        rdev: u32,
-        reply: ReplyEntry,
-    ) {
-        let made =
-            self.enter().and_then(|()| self.fs.mknod(caller(req), parent.0, name.as_bytes(), mode, umask, rdev));
+    fn mknod(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
+        let made = self.enter().and_then(|()| self.fs.mknod(caller(req), parent.0, name.as_bytes(), mode, umask, rdev));
         reply_entry(reply, made);
     }
 
@@ -354,14 +343,7 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
-    fn readdirplus(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
+    fn readdirplus(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
         let read = self.enter().and_then(|()| {
             self.fs.readdir(ino.0, offset, true, |entry| {
                 let name = OsStr::from_bytes(&entry.name);

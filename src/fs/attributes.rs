@@ -231,7 +231,8 @@ impl Filesystem {
         match self.namespace(&inode, name)? {
             Namespace::Ours => {
                 let (dek, held) = (self.dek(&inode)?, self.hold(&inode)?);
-                xattr::set(&self.volume, held.as_fd(), &dek, name, value, flags).map_err(|error| self.failed(&inode, error))
+                xattr::set(&self.volume, held.as_fd(), &dek, name, value, flags)
+                    .map_err(|error| self.failed(&inode, error))
             }
             Namespace::Backing => Ok(storage::set_xattr(self.hold(&inode)?.as_fd(), name, value, flags)?),
             Namespace::None => Err(Failed::raw(libc::EOPNOTSUPP)),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLockReadGuard, RwLockWriteGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use super::errno::Failed;
@@ -76,10 +76,7 @@ impl Filesystem {
             fds: FdCache::new(fds),
             acl,
             counters: Counters::default(),
-            owner: Caller {
-                uid: rustix::process::geteuid().as_raw(),
-                gid: rustix::process::getegid().as_raw(),
-            },
+            owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),
             unsealed: Mutex::new(HashMap::new()),
             stop: Mutex::new(false),
@@ -235,8 +232,7 @@ impl Filesystem {
         let open = self.open_regular(inode)?;
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
         if guard.is_none() {
-            let state =
-                FileState::load(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?;
+            let state = FileState::load(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?;
             *guard = Some(Box::new(state));
         }
         Ok((guard, open))
@@ -343,7 +339,8 @@ impl Filesystem {
                 self.sealed(&inode);
                 continue;
             }
-            let changes = inode.file.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|state| state.changes());
+            let changes =
+                inode.file.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|state| state.changes());
             match (changes, self.open(&inode)) {
                 (Some(changes), Ok(open)) => ready.push((inode, open, changes)),
                 _ => self.sealed(&inode),

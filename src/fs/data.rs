@@ -9,6 +9,7 @@ use super::errno::Failed;
 use super::inode::{Inode, Kind};
 use crate::volume::file::FileState;
 use crate::volume::storage;
+use crate::volume::{VolumeError, xattr};
 
 impl Filesystem {
     /// Reads into `out`; fewer bytes only at the end of the file.
@@ -19,9 +20,7 @@ impl Filesystem {
         let inode = self.inode(ino)?;
         let (state, open) = self.file(&inode)?;
         let Some(state) = state.as_ref() else { return Err(Failed::raw(libc::EIO)) };
-        let n = state
-            .read(&self.volume, open.fd.as_fd(), offset, out)
-            .map_err(|error| self.failed(&inode, error))?;
+        let n = state.read(&self.volume, open.fd.as_fd(), offset, out).map_err(|error| self.failed(&inode, error))?;
         self.counters.read.fetch_add(n as u64, Ordering::Relaxed);
         Ok(n)
     }
@@ -57,13 +56,10 @@ impl Filesystem {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn resize(&self, inode: &Arc<Inode>, size: u64) -> Outcome<()> {
-        let loaded = self.file_mut(inode);
-        let (mut guard, open) = match loaded {
-            Err(_) if size == 0 && inode.kind == Kind::Regular && self.volume.keys().sealed().is_none() => {
-                return self.start_over(inode);
-            }
-            other => other?,
-        };
+        if size == 0 && self.start_over_if_damaged(inode)? {
+            return Ok(());
+        }
+        let (mut guard, open) = self.file_mut(inode)?;
         let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
         if !open.writable {
             return Err(Failed::raw(libc::EROFS));
@@ -76,18 +72,32 @@ impl Filesystem {
         resized.map_err(|error| self.failed(inode, error))
     }
 
-    /// Replaces a damaged file, of which the caller wants nothing, by an empty one.
-    fn start_over(&self, inode: &Arc<Inode>) -> Outcome<()> {
+    /// Replaces a file whose header is damaged, and of which the caller wants nothing, by an empty one. Says whether it did.
+    fn start_over_if_damaged(&self, inode: &Arc<Inode>) -> Outcome<bool> {
         let open = self.open_regular(inode)?;
         let mut guard = inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if guard.is_some() {
+            return Ok(false);
+        }
+        match FileState::load(&self.volume, open.fd.as_fd()) {
+            Ok(state) => {
+                *guard = Some(Box::new(state));
+                return Ok(false);
+            }
+            // Only what we know to be damaged: a backing error may pass.
+            Err(VolumeError::Damaged(_)) => {}
+            Err(error) => return Err(self.failed(inode, error)),
+        }
         if !open.writable {
             return Err(Failed::raw(libc::EROFS));
         }
         storage::set_len(open.fd.as_fd(), 0)?;
+        // Its attributes were under the old header's keys: nobody can read them any more.
+        xattr::remove_all(open.fd.as_fd())?;
         let state = FileState::create(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?;
         *guard = Some(Box::new(state));
         self.changed(inode, false);
-        Ok(())
+        Ok(true)
     }
 
     /// fsync or fdatasync of a file or directory. The flush itself holds no lock.
@@ -103,7 +113,11 @@ impl Filesystem {
                     let (mut guard, open) = self.file_mut(&inode)?;
                     let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
                     if open.writable {
-                        Some(state.flushing(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(&inode, error))?)
+                        Some(
+                            state
+                                .flushing(&self.volume, open.fd.as_fd())
+                                .map_err(|error| self.failed(&inode, error))?,
+                        )
                     } else {
                         None
                     }
@@ -114,10 +128,10 @@ impl Filesystem {
                 } else {
                     storage::sync_fd(open.fd.as_fd())?;
                 }
-                if let (Some(mark), (mut guard, _)) = (mark, self.file_mut(&inode)?) {
-                    if let Some(state) = guard.as_mut() {
-                        state.flushed(mark);
-                    }
+                if let Some(mark) = mark
+                    && let Some(state) = self.file_mut(&inode)?.0.as_mut()
+                {
+                    state.flushed(mark);
                 }
                 Ok(())
             }

@@ -182,7 +182,9 @@ impl InodeTable {
     pub fn release(&self, inode: &Arc<Inode>) {
         let mut shard = lock(self.shard(inode.ino));
         inode.retained.store(false, Ordering::Relaxed);
-        if inode.lookups.load(Ordering::Relaxed) == 0 && shard.get(&inode.ino).is_some_and(|held| Arc::ptr_eq(held, inode)) {
+        if inode.lookups.load(Ordering::Relaxed) == 0
+            && shard.get(&inode.ino).is_some_and(|held| Arc::ptr_eq(held, inode))
+        {
             shard.remove(&inode.ino);
         }
     }

@@ -219,9 +219,8 @@ impl Filesystem {
         let (_, open, cipher) = self.resolve(&parent, name)?;
         let dir = open.fd.as_fd();
         let mode = self.mode(dir, mode & 0o7777, umask);
-        let temporary = node::build(&self.volume, dir, object_type, device, |fd| {
-            self.hand_over(caller, dir, fd, Some(mode))
-        })?;
+        let temporary =
+            node::build(&self.volume, dir, object_type, device, |fd| self.hand_over(caller, dir, fd, Some(mode)))?;
         self.settle(&parent, dir, &temporary, &cipher)
     }
 
@@ -285,8 +284,8 @@ impl Filesystem {
         }
         let sealed = SealedLink::new(&self.volume, target)?;
         dir::place(dir, &cipher, || sealed.create(self.volume.root().as_fd(), dir, cipher.as_str()))?;
-        let owned = storage::open_path(dir, cipher.as_str())
-            .and_then(|held| self.hand_over(caller, dir, held.as_fd(), None));
+        let owned =
+            storage::open_path(dir, cipher.as_str()).and_then(|held| self.hand_over(caller, dir, held.as_fd(), None));
         if let Err(errno) = owned {
             let _ = storage::unlink(dir, cipher.as_str());
             dir::unplace(dir, &cipher);
@@ -315,7 +314,9 @@ impl Filesystem {
                     let from = self.open(from)?;
                     dir::place(dir, &cipher, || storage::link(from.fd.as_fd(), &**old, dir, cipher.as_str()))?;
                 }
-                Link::Held(held) => dir::place(dir, &cipher, || storage::link_held(held.as_fd(), dir, cipher.as_str()))?,
+                Link::Held(held) => {
+                    dir::place(dir, &cipher, || storage::link_held(held.as_fd(), dir, cipher.as_str()))?
+                }
                 Link::Root(_) => return Err(Failed::raw(libc::EPERM)),
             }
         }
@@ -328,13 +329,7 @@ impl Filesystem {
     }
 
     /// Before an entry goes: its inode is held by a descriptor instead of by this name.
-    fn unname(
-        &self,
-        inode: &Arc<Inode>,
-        link: &mut Link,
-        parent: &Arc<Inode>,
-        name: &str,
-    ) -> Outcome<()> {
+    fn unname(&self, inode: &Arc<Inode>, link: &mut Link, parent: &Arc<Inode>, name: &str) -> Outcome<()> {
         if matches!(link, Link::At { parent: p, name: n } if p.ino == parent.ino && **n == *name) {
             let held = lock_open(inode).map_or_else(|| self.hold_link(link), Ok)?;
             *link = Link::Held(held);
@@ -475,10 +470,10 @@ impl Filesystem {
             return Err(errno.into());
         }
         relink(&mut moved_link, &parents[1], to.as_str());
-        if let (Some(other), Some(stat)) = (&other, &target) {
-            if stat.st_nlink == 1 || other.kind == Kind::Directory {
-                other.removed.store(true, Ordering::Relaxed);
-            }
+        if let (Some(other), Some(stat)) = (&other, &target)
+            && (stat.st_nlink == 1 || other.kind == Kind::Directory)
+        {
+            other.removed.store(true, Ordering::Relaxed);
         }
         drop((moved_link, other_link));
         dir::unplace(from_fd, &from);

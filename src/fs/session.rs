@@ -147,8 +147,7 @@ impl Mounted {
         let session = fuser::Session::from_fd(Adapter::new(fs.clone()), fuse, fuser::SessionACL::All, config)?;
         let session = std::thread::Builder::new().name("lethefs-session".into()).spawn(move || session.run())?;
         let sealing = fs.clone();
-        let sealer =
-            std::thread::Builder::new().name("lethefs-sealer".into()).spawn(move || sealing.run_sealer())?;
+        let sealer = std::thread::Builder::new().name("lethefs-sealer".into()).spawn(move || sealing.run_sealer())?;
         // The proof that it answers: a request that comes to us.
         rustix::fs::statvfs(handle.mountpoint.as_path())?;
         tune_readahead(handle.mountpoint.as_path());
@@ -276,8 +275,9 @@ fn mount(backing: &Path, mountpoint: &Path, options: &MountOptions) -> io::Resul
 fn mount_as_root(source: &str, mountpoint: &Path, options: &MountOptions) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
-    let fuse = rustix::fs::open("/dev/fuse", flags, rustix::fs::Mode::empty())
-        .map_err(|errno| io::Error::new(io::Error::from(errno).kind(), "cannot open /dev/fuse: is the fuse module loaded?"))?;
+    let fuse = rustix::fs::open("/dev/fuse", flags, rustix::fs::Mode::empty()).map_err(|errno| {
+        io::Error::new(io::Error::from(errno).kind(), "cannot open /dev/fuse: is the fuse module loaded?")
+    })?;
     let mut mount_flags = MountFlags::empty();
     mount_flags.set(MountFlags::NOSUID, !options.suid);
     mount_flags.set(MountFlags::NODEV, !options.dev);
@@ -298,8 +298,7 @@ fn mount_as_root(source: &str, mountpoint: &Path, options: &MountOptions) -> io:
 fn mount_by_fusermount(source: &str, mountpoint: &Path, options: &MountOptions) -> io::Result<OwnedFd> {
     use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType};
     use std::os::fd::AsRawFd as _;
-    let (ours, theirs) =
-        rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // dup leaves FD_CLOEXEC off: the child shall have this one.
     let theirs = rustix::io::dup(&theirs)?;
     let escaped = source.replace('\\', "\\\\").replace(',', "\\,");

@@ -31,7 +31,8 @@ fn keys_survive_eviction() {
 fn a_claim_is_believed_only_as_it_was_sealed() {
     let ring = ring();
     let dek = ring.make(ObjectId([2; 16]), |_, _| [5; DEK_AAD_LEN]).unwrap();
-    let claim = |aad, sealed| UnverifiedDek { object: dek.object, scope: 0, version: 1, aad, nonce: &dek.nonce, sealed };
+    let claim =
+        |aad, sealed| UnverifiedDek { object: dek.object, scope: 0, version: 1, aad, nonce: &dek.nonce, sealed };
     assert!(ring.verify(&claim(&dek.aad, &dek.sealed)).is_ok());
     let mut aad = dek.aad;
     aad[10] ^= 1;
@@ -48,8 +49,14 @@ fn lower_versions_are_refused() {
     let old = ring.make(ObjectId([2; 16]), |_, _| [0; DEK_AAD_LEN]).unwrap();
     ring.admit(0, 2, &Key32::random().unwrap(), true).unwrap();
     ring.set_lowest_version(2);
-    let claim =
-        UnverifiedDek { object: old.object, scope: 0, version: 1, aad: &old.aad, nonce: &old.nonce, sealed: &old.sealed };
+    let claim = UnverifiedDek {
+        object: old.object,
+        scope: 0,
+        version: 1,
+        aad: &old.aad,
+        nonce: &old.nonce,
+        sealed: &old.sealed,
+    };
     assert!(matches!(ring.verify(&claim), Err(KeyringError::NoSuchKek { version: 1, .. })));
 }
 

@@ -52,7 +52,7 @@ pub fn check(uri: &KeyUri) -> Result<(Report, Option<Error>), Error> {
         KeyUri::Transit(_) => Some(try_out(&*source)?),
     };
 
-    let reached = described.as_ref().err().map_or(Some(true), |error| reached(error));
+    let reached = described.as_ref().err().map_or(Some(true), reached);
     capabilities.push(Capability {
         name: "reach",
         works: reached,

@@ -15,7 +15,7 @@ use signal_hook::iterator::Signals;
 
 use super::control::{self, Op, Status};
 use super::record::{self, Files, Record, path_text};
-use super::{Error, SCHEMA, backing, journal, mountinfo, places, trust};
+use super::{Error, SCHEMA, backing, journal, mountinfo, places, trust, umount};
 use crate::crypto::VolumeId;
 use crate::fs::session::{MountHandle, MountOptions, Mounted};
 use crate::keyring::SealReason;
@@ -143,14 +143,16 @@ fn check_mountpoint(given: &Path) -> Result<PathBuf, Error> {
     let path = std::fs::canonicalize(given).map_err(|error| {
         let shown = given.display();
         Error::Mount(match (error.kind(), rustix::io::Errno::from_io_error(&error)) {
-            (_, Some(rustix::io::Errno::NOTCONN)) => {
-                format!("a mount whose daemon is gone is in the way at {shown}: unmount it first (lethefs umount --lazy {shown})")
-            }
+            (_, Some(rustix::io::Errno::NOTCONN)) => dead(given),
             (io::ErrorKind::NotFound, _) => format!("there is no mountpoint {shown}: make the directory first"),
             _ => format!("cannot reach the mountpoint {shown}: {error}"),
         })
     })?;
-    if mountinfo::at(&mounts, &path).is_some_and(mountinfo::Mount::is_lethefs) {
+    if let Some(mount) = mountinfo::at(&mounts, &path).filter(|mount| mount.is_lethefs()) {
+        // The kernel may still answer for the root of a dead mount, out of its cache.
+        if umount::is_dead(&path, mount.user) {
+            return Err(Error::Mount(dead(&path)));
+        }
         return Err(Error::InUse(format!(
             "a lethefs volume is already mounted at {}: see `lethefs status`",
             path.display()
@@ -160,6 +162,11 @@ fn check_mountpoint(given: &Path) -> Result<PathBuf, Error> {
         return Err(Error::Mount(format!("the mountpoint {} is not a directory", path.display())));
     }
     Ok(path)
+}
+
+fn dead(mountpoint: &Path) -> String {
+    let shown = mountpoint.display();
+    format!("a mount whose daemon is gone is in the way at {shown}: unmount it first (lethefs umount --lazy {shown})")
 }
 
 /// Refuses a mount that would cover its own backing directory or lie in it, and a tree that spans filesystems.

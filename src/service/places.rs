@@ -67,16 +67,23 @@ pub fn runtime_dir() -> PathBuf {
     }
 }
 
-/// Where to look for live mounts: root sees those of the users named, too.
+/// Where to look for live mounts: root sees those of the users named, too. Only directories that nobody else can write.
 pub fn runtime_dirs(users: &[u32]) -> Vec<PathBuf> {
-    let mut dirs = vec![runtime_dir()];
+    let mut dirs = vec![(euid(), runtime_dir())];
     if euid() == 0 && from_env("LETHEFS_RUNTIME_DIR").is_none() {
         for uid in users.iter().filter(|uid| **uid != 0) {
-            dirs.push(format!("/run/user/{uid}/lethefs").into());
-            dirs.push(format!("/tmp/lethefs-{uid}").into());
+            dirs.push((*uid, format!("/run/user/{uid}/lethefs").into()));
+            dirs.push((*uid, format!("/tmp/lethefs-{uid}").into()));
         }
     }
-    dirs
+    let safe = |owner: u32, dir: &Path| {
+        fs::symlink_metadata(dir)
+            .is_ok_and(|meta| meta.is_dir() && meta.mode() & 0o022 == 0 && (meta.uid() == 0 || meta.uid() == owner))
+    };
+    let mut found: Vec<PathBuf> =
+        dirs.into_iter().filter(|(owner, dir)| safe(*owner, dir)).map(|(_, dir)| dir).collect();
+    found.dedup();
+    found
 }
 
 /// Where an erase without the backing directory keeps its journal.
@@ -128,6 +135,18 @@ fn unsafe_place(path: &Path, what: &str) -> io::Error {
 /// # Errors
 /// The system's, or what makes the file unsafe: a symlink, another owner, writable by others, larger than `limit`.
 pub(crate) fn read_own(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let (meta, bytes) = read_regular(path, limit)?;
+    if !owner_is_us_or_root(meta.uid()) || meta.mode() & 0o022 != 0 {
+        return Err(unsafe_place(path, "regular file"));
+    }
+    Ok(bytes)
+}
+
+/// Reads a small regular file, whoever wrote it. Follows no symlink, and waits for no FIFO.
+///
+/// # Errors
+/// The system's; not a regular file; larger than `limit`.
+pub(crate) fn read_regular(path: &Path, limit: u64) -> io::Result<(fs::Metadata, Vec<u8>)> {
     use io::Read as _;
     let file = fs::OpenOptions::new()
         .read(true)
@@ -138,7 +157,7 @@ pub(crate) fn read_own(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
             _ => error,
         })?;
     let meta = file.metadata()?;
-    if !meta.is_file() || !owner_is_us_or_root(meta.uid()) || meta.mode() & 0o022 != 0 {
+    if !meta.is_file() {
         return Err(unsafe_place(path, "regular file"));
     }
     let mut bytes = Vec::new();
@@ -146,7 +165,7 @@ pub(crate) fn read_own(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 > limit {
         return Err(io::Error::other(format!("{} is larger than {limit} bytes", path.display())));
     }
-    Ok(bytes)
+    Ok((meta, bytes))
 }
 
 /// Replaces a small file atomically and durably.

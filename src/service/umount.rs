@@ -51,14 +51,18 @@ pub fn run(mountpoint: &Path, lazy: bool) -> Result<Report, Error> {
     }
     let live = find(&path, mount.user);
     // Before the unmount: afterwards the number may belong to somebody else.
-    let daemon = live.as_ref().and_then(|(_, files)| daemon(files));
+    let daemon = live.as_ref().map_or(Daemon::Unknown, |(_, files)| Daemon::of(files));
     session::unmount_path(&path, lazy).map_err(|error| failed(&path, error))?;
-    let ended = match daemon {
+    let ended = match &daemon {
         // A lazy unmount ends when the last user lets go, which nobody can promise.
-        Some(daemon) => wait(&daemon, if lazy { Duration::from_secs(1) } else { PATIENCE }),
-        None => false,
+        Daemon::Live(daemon) => wait(daemon, if lazy { Duration::from_secs(1) } else { PATIENCE }),
+        Daemon::Gone => true,
+        Daemon::Unknown => false,
     };
-    if !ended && !lazy && live.is_some() {
+    if let (Daemon::Gone, Some((_, files))) = (&daemon, &live) {
+        files.remove();
+    }
+    if !ended && !lazy && matches!(daemon, Daemon::Live(_)) {
         return Err(Error::Mount(format!(
             "{} is unmounted, but its daemon still writes after {} s: look at its log before you rely on the data",
             path.display(),
@@ -85,9 +89,32 @@ pub(crate) fn find(mountpoint: &Path, user: Option<u32>) -> Option<(Record, File
     record::all(&users).into_iter().find(|(record, _)| record.mountpoint == mountpoint)
 }
 
-fn daemon(files: &Files) -> Option<OwnedFd> {
-    let pid = Client::connect(&files.socket).ok()?.pid()?;
-    rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
+/// The process behind a mount.
+enum Daemon {
+    /// Can be waited for.
+    Live(OwnedFd),
+    /// It left its socket behind: nobody listens there.
+    Gone,
+    /// Another user's, or it does not answer.
+    Unknown,
+}
+
+impl Daemon {
+    fn of(files: &Files) -> Self {
+        match Client::connect(&files.socket) {
+            Ok(client) => client
+                .pid()
+                .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok())
+                .map_or(Self::Unknown, Self::Live),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Self::Gone,
+            Err(_) => Self::Unknown,
+        }
+    }
+}
+
+/// Whether the mount at this path has lost its daemon.
+pub(crate) fn is_dead(mountpoint: &Path, user: Option<u32>) -> bool {
+    find(mountpoint, user).is_some_and(|(_, files)| matches!(Daemon::of(&files), Daemon::Gone))
 }
 
 fn wait(daemon: &OwnedFd, patience: Duration) -> bool {

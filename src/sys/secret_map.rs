@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::fd::AsRawFd;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
 use zeroize::Zeroize;
@@ -61,8 +61,7 @@ impl SecretMap {
 
     fn map(len: usize, flags: i32, fd: i32, protection: &'static str) -> io::Result<Self> {
         // SAFETY: a new mapping at an address of the kernel's choice; nothing existing is touched.
-        let start =
-            unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -143,9 +143,8 @@ pub fn clean(dir: BorrowedFd<'_>) {
         true
     });
     for name in leftovers {
-        match storage::unlink(dir, &*name) {
-            Err(Errno::ISDIR | Errno::PERM) => clean_directory(dir, &name),
-            _ => {}
+        if let Err(Errno::ISDIR | Errno::PERM) = storage::unlink(dir, &*name) {
+            clean_directory(dir, &name);
         }
     }
     for hash in sidecars {
@@ -167,11 +166,7 @@ fn clean_directory(dir: BorrowedFd<'_>, name: &str) {
 ///
 /// # Errors
 /// `place`'s or the sidecar's; a sidecar made for nothing is removed.
-pub fn place<T>(
-    dir: BorrowedFd<'_>,
-    name: &CipherName,
-    place: impl FnOnce() -> Result<T, Errno>,
-) -> Result<T, Errno> {
+pub fn place<T>(dir: BorrowedFd<'_>, name: &CipherName, place: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
     let Some((sidecar, full)) = name.sidecar() else { return place() };
     let existed = match storage::symlink(dir, &*sidecar, full.as_bytes()) {
         Ok(()) => false,

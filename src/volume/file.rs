@@ -117,13 +117,7 @@ impl FileState {
     /// # Errors
     /// [`Damage::Block`] or [`Damage::Truncated`] for anything that is not authentic; the ring's; the backing filesystem's.
     /// `out` then holds nothing of use.
-    pub fn read(
-        &self,
-        volume: &Volume,
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<usize, ReadError> {
+    pub fn read(&self, volume: &Volume, fd: BorrowedFd<'_>, offset: u64, out: &mut [u8]) -> Result<usize, ReadError> {
         if offset >= self.size || out.is_empty() {
             return Ok(0);
         }
@@ -189,13 +183,7 @@ impl FileState {
     /// # Errors
     /// [`VolumeError::TooLarge`]; [`Damage`] where part of a damaged block would have to be kept; the ring's; the backing
     /// filesystem's. What was in the file before is then still there, as far as the backing filesystem lets it be put back.
-    pub fn write(
-        &mut self,
-        volume: &Volume,
-        fd: BorrowedFd<'_>,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<(), ReadError> {
+    pub fn write(&mut self, volume: &Volume, fd: BorrowedFd<'_>, offset: u64, data: &[u8]) -> Result<(), ReadError> {
         if data.is_empty() {
             return Ok(());
         }

@@ -257,10 +257,7 @@ mod tests {
             altered[bit / 8] ^= 1 << (bit % 8);
             assert!(matches!(Static::open(&ring, &altered), Err(VolumeError::Damaged(_))), "bit {bit}");
         }
-        assert!(matches!(
-            Static::open_as(&ring, &bytes, ObjectType::Regular),
-            Err(VolumeError::Damaged(Damage::Type))
-        ));
+        assert!(matches!(Static::open_as(&ring, &bytes, ObjectType::Regular), Err(VolumeError::Damaged(Damage::Type))));
     }
 
     #[test]

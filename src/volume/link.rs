@@ -54,10 +54,8 @@ impl SealedLink {
     /// The backing filesystem's; the tail is then removed again.
     pub fn create(&self, root: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
         let Some((first, tail)) = self.pieces.split_first() else { return Err(Errno::INVAL) };
-        let made = (!tail.is_empty())
-            .then(|| make_tail(root, self.id, tail))
-            .unwrap_or(Ok(()))
-            .and_then(|()| storage::symlink(dir, name, first));
+        let tailed = if tail.is_empty() { Ok(()) } else { make_tail(root, self.id, tail) };
+        let made = tailed.and_then(|()| storage::symlink(dir, name, first));
         if made.is_err() && !tail.is_empty() {
             remove_tail(root, self.id);
         }
@@ -123,7 +121,11 @@ fn whole(root: BorrowedFd<'_>, volume: &Volume, mut text: Vec<u8>) -> Result<Vec
 ///
 /// # Errors
 /// [`Damage::Link`] for a tail that is not there.
-pub fn target_len(volume: &Volume, backing_len: u64, read: impl FnOnce() -> Result<Vec<u8>, Errno>) -> Result<u64, VolumeError> {
+pub fn target_len(
+    volume: &Volume,
+    backing_len: u64,
+    read: impl FnOnce() -> Result<Vec<u8>, Errno>,
+) -> Result<u64, VolumeError> {
     let chars = if backing_len == LINK_PIECE as u64 {
         whole(storage::fd(volume.root()), volume, read()?)?.len() as u64
     } else {

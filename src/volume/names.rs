@@ -68,7 +68,8 @@ pub fn encrypt(keys: &Keyring, dir: &Dek, name: &[u8]) -> Result<CipherName, Vol
 
 /// Whether a name in the backing directory is an entry, rather than something of ours.
 pub fn is_entry(name: &[u8]) -> bool {
-    name.starts_with(LONG_PREFIX.as_bytes()) || !(name.starts_with(OWN_PREFIX.as_bytes()) || name == b"." || name == b"..")
+    name.starts_with(LONG_PREFIX.as_bytes())
+        || !(name.starts_with(OWN_PREFIX.as_bytes()) || name == b"." || name == b"..")
 }
 
 /// Decrypts an entry's name. `sidecar` reads the target of the symlink with the given name.
@@ -96,9 +97,8 @@ pub fn decrypt(
         }
     };
     let aad = aad(&dir.object());
-    let plain = keys
-        .with_keys(dir, |keys| keys.cipher(DekLabel::Name).open(&NONCE, &aad, &sealed))?
-        .map_err(|_| DAMAGED)?;
+    let plain =
+        keys.with_keys(dir, |keys| keys.cipher(DekLabel::Name).open(&NONCE, &aad, &sealed))?.map_err(|_| DAMAGED)?;
     check(&plain).map_err(|_| DAMAGED)?;
     Ok(plain.to_vec())
 }
@@ -152,10 +152,7 @@ mod tests {
                 .with_keys(&dir, |keys| keys.cipher(DekLabel::Name).seal(&NONCE, &aad(&dir.object()), bad))
                 .unwrap();
             let name = b64(&sealed);
-            assert!(matches!(
-                decrypt(&ring, &dir, name.as_bytes(), |_| None),
-                Err(VolumeError::Damaged(Damage::Name))
-            ));
+            assert!(matches!(decrypt(&ring, &dir, name.as_bytes(), |_| None), Err(VolumeError::Damaged(Damage::Name))));
             assert!(encrypt(&ring, &dir, bad).is_err());
         }
         assert!(!is_entry(b"lethefs.dir") && !is_entry(b"lethefs.tmp.x") && !is_entry(b".."));

@@ -233,11 +233,8 @@ pub fn read_dir(fd: BorrowedFd<'_>, from: u64, mut each: impl FnMut(RawEntry<'_>
     let mut entries = sys::RawDir::new(fd, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
-        let more = each(RawEntry {
-            name: entry.file_name().to_bytes(),
-            ino: entry.ino(),
-            next: entry.next_entry_cookie(),
-        });
+        let more =
+            each(RawEntry { name: entry.file_name().to_bytes(), ino: entry.ino(), next: entry.next_entry_cookie() });
         if !more {
             break;
         }

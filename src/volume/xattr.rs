@@ -89,10 +89,9 @@ pub fn list(volume: &Volume, held: BorrowedFd<'_>, dek: &Dek) -> Result<Vec<Vec<
         let Some(text) = backing.strip_prefix(PREFIX.as_bytes()) else { continue };
         let opened = match un_b64(text) {
             None => None,
-            Some(sealed) => volume
-                .keys()
-                .with_keys(dek, |keys| keys.cipher(DekLabel::Xattr).open(&NAME_NONCE, &aad, &sealed))?
-                .ok(),
+            Some(sealed) => {
+                volume.keys().with_keys(dek, |keys| keys.cipher(DekLabel::Xattr).open(&NAME_NONCE, &aad, &sealed))?.ok()
+            }
         };
         match opened {
             Some(name) => names.push(name.to_vec()),
@@ -100,6 +99,19 @@ pub fn list(volume: &Volume, held: BorrowedFd<'_>, dek: &Dek) -> Result<Vec<Vec<
         }
     }
     Ok(names)
+}
+
+/// Removes every attribute of ours, readable or not.
+///
+/// # Errors
+/// The backing filesystem's.
+pub fn remove_all(held: BorrowedFd<'_>) -> Result<(), Errno> {
+    for name in storage::list_xattr(held)? {
+        if name.starts_with(PREFIX.as_bytes()) {
+            storage::remove_xattr(held, OsStr::from_bytes(&name))?;
+        }
+    }
+    Ok(())
 }
 
 fn name_aad(object: ObjectId) -> Vec<u8> {

@@ -110,7 +110,8 @@ fn volume_files_that_are_not_right() {
     let read = |name: &str| std::fs::read_to_string(world.path("vol").join(name)).unwrap();
     let (good, copy) = (read("lethefs.volume"), read("lethefs.volume.bak"));
     let half = |text: &str| text[..text.len() / 2].to_owned();
-    let cases: Vec<(Box<dyn Fn(&str) -> String>, i32, &str)> = vec![
+    type Change<'a> = Box<dyn Fn(&str) -> String + 'a>;
+    let cases: Vec<(Change<'_>, i32, &str)> = vec![
         (Box::new(half), 10, "damaged"),
         (Box::new(|_| String::new()), 10, "damaged"),
         (Box::new(|_| "\u{0}".repeat(2 << 20)), 10, "larger than 1 MiB"),

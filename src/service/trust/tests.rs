@@ -8,6 +8,7 @@ use crate::volume::meta::{KekRecord, Scope};
 fn transit(key: &str, created: i64) -> KeyIdentity {
     KeyIdentity::Transit {
         engine: "transit".into(),
+        engine_uuid: "u".into(),
         key: key.into(),
         namespace: String::new(),
         key_version: 1,

@@ -259,8 +259,11 @@ fn a_write_that_fails_leaves_the_old_contents() {
         let limit = format::backing_len(size as u64) + 700;
         // RLIMIT_FSIZE fails a write half-way as a full disk does; the test's process has it to itself under nextest.
         let old = rustix::process::getrlimit(rustix::process::Resource::Fsize);
-        rustix::process::setrlimit(rustix::process::Resource::Fsize, rustix::process::Rlimit { current: Some(limit), ..old })
-            .unwrap();
+        rustix::process::setrlimit(
+            rustix::process::Resource::Fsize,
+            rustix::process::Rlimit { current: Some(limit), ..old },
+        )
+        .unwrap();
         let failed = state.write(&fixture.volume, fd.as_fd(), offset as u64, &vec![0xaa; len]);
         rustix::process::setrlimit(rustix::process::Resource::Fsize, old).unwrap();
         assert!(failed.is_err());
