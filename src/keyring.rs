@@ -26,8 +26,8 @@ use crate::crypto::{Key32, NONCE_LEN, ObjectId, TAG_LEN, VolumeId, random};
 const SHARDS: usize = 16;
 /// Bytes of arena per shard: 8,192 objects' keys in all, 1 MiB.
 const SHARD_BYTES: usize = 64 << 10;
-/// What is tried when the limit on locked memory is small.
-const SMALL_SHARD_BYTES: usize = 4096;
+/// What is tried when the limit on locked memory is small: with the KEKs' page this stays below 64 KiB, the limit of old systems.
+const SMALL: (usize, usize) = (8, 4096);
 /// Bytes of a header that the wrapping authenticates (docs/FORMAT.md section 5).
 pub const DEK_AAD_LEN: usize = 68;
 /// Bytes of a wrapped DEK: ciphertext and tag.
@@ -185,8 +185,10 @@ impl Keyring {
     /// # Errors
     /// No locked memory to be had.
     pub fn new(volume: VolumeId) -> io::Result<Self> {
-        let build = |bytes| -> io::Result<Vec<_>> { (0..SHARDS).map(|_| Arena::new(bytes).map(RwLock::new)).collect() };
-        let shards = build(SHARD_BYTES).or_else(|_| build(SMALL_SHARD_BYTES))?;
+        let build = |(shards, bytes): (usize, usize)| -> io::Result<Vec<_>> {
+            (0..shards).map(|_| Arena::new(bytes).map(RwLock::new)).collect()
+        };
+        let shards = build((SHARDS, SHARD_BYTES)).or_else(|_| build(SMALL))?;
         let keks = Keks { arena: Arena::new(4096)?, held: Vec::new(), current: (0, 0), lowest: 1 };
         Ok(Self { volume, closed: AtomicU8::new(0), keks: RwLock::new(keks), shards })
     }
@@ -362,7 +364,7 @@ impl Keyring {
     }
 
     fn shard(&self, tag: u128) -> &RwLock<Arena> {
-        &self.shards[(tag % SHARDS as u128) as usize]
+        &self.shards[(tag % self.shards.len() as u128) as usize]
     }
 
     fn check_open(&self) -> Result<(), KeyringError> {

@@ -66,7 +66,6 @@ impl SecretMap {
             return Err(io::Error::last_os_error());
         }
         let Some(start) = NonNull::new(start.cast()) else { return Err(io::ErrorKind::OutOfMemory.into()) };
-        // Touch every page now: memfd_secret charges RLIMIT_MEMLOCK at mmap, but a page may still fail to be had.
         Ok(Self { start, len, protection })
     }
 

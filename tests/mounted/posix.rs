@@ -4,7 +4,9 @@ use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{
+    FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink,
+};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -184,7 +186,8 @@ fn directories() {
 #[test]
 fn nodes() {
     let v = TestVolume::mounted(&["-o", "dev"]);
-    let make = |name: &str, kind, device| rustix::fs::mknodat(CWD, v.at(name), kind, Mode::from_raw_mode(0o620), device);
+    let make =
+        |name: &str, kind, device| rustix::fs::mknodat(CWD, v.at(name), kind, Mode::from_raw_mode(0o620), device);
     make("fifo", FileType::Fifo, 0).unwrap();
     make("zero", FileType::CharacterDevice, rustix::fs::makedev(1, 5)).unwrap();
     make("big", FileType::BlockDevice, rustix::fs::makedev(4000, 0xf_ffff)).unwrap();
@@ -325,13 +328,8 @@ fn hard_links() {
     // An open file without a name gets one again.
     fs::remove_file(v.at("b")).unwrap();
     assert_eq!(open.metadata().unwrap().nlink(), 0);
-    let revived = rustix::fs::linkat(
-        CWD,
-        format!("/proc/self/fd/{}", open.as_raw_fd()),
-        CWD,
-        v.at("c"),
-        AtFlags::SYMLINK_FOLLOW,
-    );
+    let revived =
+        rustix::fs::linkat(CWD, format!("/proc/self/fd/{}", open.as_raw_fd()), CWD, v.at("c"), AtFlags::SYMLINK_FOLLOW);
     assert_eq!(errno(revived), libc::ENOENT, "as on any filesystem");
 }
 
@@ -340,7 +338,8 @@ fn renames() {
     let v = TestVolume::mounted(&[]);
     let long = |letter: u8| v.at(name(&[letter; 255])).to_owned();
     let text = |path: &Path| fs::read_to_string(path).unwrap();
-    for (one, two) in [(v.at("one"), v.at("two")), (long(b'1'), long(b'2')), (v.at("one"), long(b'2')), (long(b'1'), v.at("two"))]
+    for (one, two) in
+        [(v.at("one"), v.at("two")), (long(b'1'), long(b'2')), (v.at("one"), long(b'2')), (long(b'1'), v.at("two"))]
     {
         fs::write(&one, "1").unwrap();
         fs::write(&two, "2").unwrap();
@@ -409,7 +408,8 @@ fn opening_and_writing() {
     assert_eq!(errno(open(OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)), libc::EEXIST);
     open(OFlags::RDWR | OFlags::CREATE).unwrap().write_all(b"ONE").unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"ONE two");
-    let (mut a, mut b) = (open(OFlags::WRONLY | OFlags::APPEND).unwrap(), open(OFlags::WRONLY | OFlags::APPEND).unwrap());
+    let (mut a, mut b) =
+        (open(OFlags::WRONLY | OFlags::APPEND).unwrap(), open(OFlags::WRONLY | OFlags::APPEND).unwrap());
     for _ in 0..3 {
         a.write_all(b"a").unwrap();
         b.write_all(b"b").unwrap();
@@ -425,7 +425,8 @@ fn opening_and_writing() {
     assert_eq!(errno(rustix::fs::open(v.mnt(), OFlags::WRONLY, Mode::empty())), libc::EISDIR);
     assert_eq!(errno(open(OFlags::RDONLY | OFlags::DIRECTORY)), libc::ENOTDIR);
     // The umask is the caller's, and the mode what is left.
-    let run = Output::of(v.command("sh").args(["-c", "umask 027; : > u; mkdir ud; umask 0; : > z"]).current_dir(v.mnt()));
+    let run =
+        Output::of(v.command("sh").args(["-c", "umask 027; : > u; mkdir ud; umask 0; : > z"]).current_dir(v.mnt()));
     assert_eq!((run.code, mode(v.at("u")), mode(v.at("ud")), mode(v.at("z"))), (Some(0), 0o640, 0o750, 0o666));
 
     // Overwriting, appending and cutting across block borders, checked against memory.

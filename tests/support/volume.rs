@@ -3,13 +3,13 @@
 //! The daemon becomes a child of the test (which is made a subreaper), so that its exit code can be read, and so that
 //! nothing else can ever be killed by its number.
 
-use std::cell::{Cell, RefCell};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lethefs::kms::{Binding, KeyIdentity, Purpose, Wrapped};
 use rustix::mount::UnmountFlags;
@@ -80,10 +80,14 @@ pub(crate) fn require_mounts() {
 pub(crate) struct TestVolume {
     dir: Option<TempDir>,
     root: PathBuf,
-    program: RefCell<PathBuf>,
-    user: Cell<Option<u32>>,
-    env: RefCell<Vec<(OsString, OsString)>>,
-    daemons: RefCell<Vec<Pid>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    program: PathBuf,
+    user: Option<u32>,
+    env: Vec<(OsString, OsString)>,
+    daemons: Vec<Pid>,
 }
 
 impl TestVolume {
@@ -113,11 +117,17 @@ impl TestVolume {
         Self {
             dir: Some(dir),
             root,
-            program: RefCell::new(env!("CARGO_BIN_EXE_lethefs").into()),
-            user: Cell::new(None),
-            env: RefCell::new(env),
-            daemons: RefCell::default(),
+            state: Mutex::new(State {
+                program: env!("CARGO_BIN_EXE_lethefs").into(),
+                user: None,
+                env,
+                daemons: Vec::new(),
+            }),
         }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new volume under a key file.
@@ -150,15 +160,15 @@ impl TestVolume {
         let program = self.root.join("lethefs");
         fs::copy(env!("CARGO_BIN_EXE_lethefs"), &program).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-        self.program.replace(program);
-        self.user.set(Some(uid));
+        let mut state = self.state();
+        (state.program, state.user) = (program, Some(uid));
     }
 
     /// Sets a variable for every later run.
     pub(crate) fn env(&self, name: &str, value: impl Into<OsString>) {
-        let mut env = self.env.borrow_mut();
-        env.retain(|(known, _)| known != name);
-        env.push((name.into(), value.into()));
+        let mut state = self.state();
+        state.env.retain(|(known, _)| known != name);
+        state.env.push((name.into(), value.into()));
     }
 
     /// A path in the temporary directory.
@@ -189,8 +199,9 @@ impl TestVolume {
     /// Any program, in this volume's places and as its user.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        command.current_dir(&self.root).env_clear().envs(self.env.borrow().iter().map(|(name, value)| (name, value)));
-        if let Some(uid) = self.user.get() {
+        let state = self.state();
+        command.current_dir(&self.root).env_clear().envs(state.env.iter().map(|(name, value)| (name, value)));
+        if let Some(uid) = state.user {
             command.uid(uid).gid(uid);
         }
         command
@@ -198,7 +209,8 @@ impl TestVolume {
 
     /// The real binary.
     pub(crate) fn lethefs<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
-        let mut command = self.command(&*self.program.borrow());
+        let program = self.state().program.clone();
+        let mut command = self.command(program);
         command.args(args);
         command
     }
@@ -222,7 +234,7 @@ impl TestVolume {
     pub(crate) fn mount(&self, args: &[&str]) -> Pid {
         let run = self.try_mount(args);
         run.is(0);
-        *self.daemons.borrow().last().unwrap()
+        self.daemon()
     }
 
     /// Mounts, or not.
@@ -231,7 +243,7 @@ impl TestVolume {
         let run = self.cli(&[&["mount", "backing", "mnt", "--json"], args].concat());
         if run.code == Some(0) {
             let pid = run.json()["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).unwrap();
-            self.daemons.borrow_mut().push(pid);
+            self.state().daemons.push(pid);
         }
         run
     }
@@ -253,13 +265,13 @@ impl TestVolume {
     /// The running daemon.
     #[track_caller]
     pub(crate) fn daemon(&self) -> Pid {
-        *self.daemons.borrow().last().expect("mounted")
+        *self.state().daemons.last().expect("mounted")
     }
 
     /// Waits for the newest daemon's end. Its exit code; none if a signal ended it.
     #[track_caller]
     pub(crate) fn daemon_exit(&self) -> Option<i32> {
-        let pid = self.daemons.borrow_mut().pop().expect("mounted");
+        let pid = self.state().daemons.pop().expect("mounted");
         reap(pid).and_then(|status| status.exit_status())
     }
 
@@ -300,7 +312,7 @@ impl TestVolume {
 impl Drop for TestVolume {
     fn drop(&mut self) {
         detach_all(&self.root);
-        for pid in self.daemons.take() {
+        for pid in std::mem::take(&mut self.state().daemons) {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
             reap(pid);
         }

@@ -1,4 +1,4 @@
-//! The erase itself: seal the live mounts, T1 inaccessible, T2 destruction, T3 proof. Journalled before and after each.
+//! The erase itself: T1 inaccessible, live mounts sealed, T2 destruction, T3 proof. Journalled before and after each.
 
 use serde::Serialize;
 
@@ -49,11 +49,21 @@ impl Confirmed {
         let mut run = Run { warnings: Vec::new(), self_asserted: false, journal: self.journal(), confirmed: &self };
         run.save()?;
         checkpoint("begun");
-        run.seal_mounts()?;
-        checkpoint("sealed");
+        // Live mounts are sealed only once the key service let these credentials do their part: an erase that was never
+        // allowed must not cost a running mount its unwritten data.
         run.suspend()?;
         checkpoint("inaccessible");
+        let suspended = run.every(|state| state == SlotState::Suspended);
+        if suspended {
+            run.seal_mounts()?;
+            checkpoint("sealed");
+        }
         run.destroy()?;
+        let gone = [SlotState::Suspended, SlotState::Scheduled, SlotState::CarriedOut];
+        if !suspended && run.every(|state| gone.contains(&state)) {
+            run.seal_mounts()?;
+            checkpoint("sealed");
+        }
         checkpoint("scheduled");
         let incomplete = run.prove()?;
         Ok(Outcome {
@@ -119,6 +129,10 @@ impl Run<'_> {
             Place::Host(_) => "cannot write the erase journal",
         };
         self.confirmed.place.write(&self.journal).map_err(Error::io(what))
+    }
+
+    fn every(&self, is: impl Fn(SlotState) -> bool) -> bool {
+        self.journal.slots.iter().all(|slot| is(slot.state))
     }
 
     /// Wipes the keys of every mount on this host that dies with these KMS keys.
