@@ -100,7 +100,11 @@ fn attr(attributes: &Attributes) -> FileAttr {
 
 fn set_time(time: TimeOrNow) -> SetTime {
     match time {
-        TimeOrNow::SpecificTime(time) => SetTime::To(time),
+        // fuser 0.18 (time.rs, system_time_from_time) takes the nanoseconds of a time before 1970 off instead of adding them.
+        TimeOrNow::SpecificTime(time) => SetTime::To(match SystemTime::UNIX_EPOCH.duration_since(time) {
+            Ok(before) => time + 2 * Duration::from_nanos(before.subsec_nanos().into()),
+            Err(_) => time,
+        }),
         TimeOrNow::Now => SetTime::Now,
     }
 }

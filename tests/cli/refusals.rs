@@ -203,7 +203,9 @@ const ATTACKER: &str = r#"{"provider":"transit","engine":"transit","engine_uuid"
 fn plant(text: &str) -> String {
     let (line, auth) = text.split_once('\n').unwrap();
     let mut body: serde_json::Value = serde_json::from_str(line).unwrap();
-    body["scopes"][0]["keks"][0]["slots"][0]["identity"] = serde_json::from_str(ATTACKER).unwrap();
+    let slot = &mut body["scopes"][0]["keks"][0]["slots"][0];
+    slot["identity"] = serde_json::from_str(ATTACKER).unwrap();
+    slot["wrapped"] = format!("vault:v1:{}", "QUJD".repeat(20)).into();
     format!("{body}\n{auth}")
 }
 

@@ -150,7 +150,12 @@ impl Run<'_> {
             let mountpoint = path_text::encode(&record.mountpoint);
             match client.ask(Op::Seal) {
                 Ok(answer) => {
-                    self.journal.receipts.push(Receipt { volume_id: record.volume_id, mountpoint, at: now(), answer });
+                    let receipts = &mut self.journal.receipts;
+                    let again = answer["sealed_now"] == false
+                        && receipts.iter().any(|old| old.volume_id == record.volume_id && old.mountpoint == mountpoint);
+                    if !again {
+                        receipts.push(Receipt { volume_id: record.volume_id, mountpoint, at: now(), answer });
+                    }
                 }
                 Err(error) => self.warnings.push(format!("the mount at {mountpoint} could not be sealed: {error}")),
             }
