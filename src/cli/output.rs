@@ -217,12 +217,11 @@ pub fn erase(report: &EraseReport, complete: bool) -> String {
         }
     }
     if complete {
-        text.push_str("The volume is erased: its keys no longer exist at the key service.\n");
-        if report.self_asserted {
-            text.push_str(
-                "This is only lethefs's own word: the key was a file, and whether a copy of it exists nobody can show.\n",
-            );
-        }
+        text.push_str(if report.self_asserted {
+            "The key file is gone. That is only lethefs's own word: whether a copy of it exists nobody can show.\n"
+        } else {
+            "The volume is erased: its keys no longer exist at the key service.\n"
+        });
         for line in &report.remains {
             let _ = writeln!(text, "  - {line}");
         }

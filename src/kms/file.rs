@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn wrapping_is_the_documented_one() {
-        let key = |byte| Key32::fill_with(|bytes| Ok::<_, ()>(bytes.fill(byte))).expect("filled");
+        let key = |byte| Key32::from_zeroizing(vec![byte; 32].into()).expect("32 bytes");
         let stored = Stored { key_id: VolumeId([1; 16]), created: "2026-01-01T00:00:00Z".into(), key: key(2) };
         let wrapped = wrap(&stored, &BINDING, &key(3)).expect("wrapped");
         let sealed =

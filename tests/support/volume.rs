@@ -145,14 +145,19 @@ impl TestVolume {
         volume
     }
 
-    /// Everything is done as this user from now on, who owns all the directories.
-    pub(crate) fn become_user(&self, uid: u32) {
-        let open_to_all = |path: &Path| fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o001 != 0);
-        for above in self.root.ancestors().skip(1).filter(|path| !open_to_all(path)) {
+    /// Makes sure that other users reach the mountpoint.
+    pub(crate) fn open_to_all(&self) {
+        let open = |path: &Path| fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o001 != 0);
+        for above in self.root.ancestors().skip(1).filter(|path| !open(path)) {
             let ours = std::env::var_os("LETHEFS_TEST_RUN").is_some_and(|run| above == run);
             assert!(ours, "{} is closed to other users: run scripts/test", above.display());
             fs::set_permissions(above, fs::Permissions::from_mode(0o711)).unwrap();
         }
+    }
+
+    /// Everything is done as this user from now on, who owns all the directories.
+    pub(crate) fn become_user(&self, uid: u32) {
+        self.open_to_all();
         for name in ["keys", "trust", "run", "state", "home", "mnt", ""] {
             std::os::unix::fs::chown(self.root.join(name), Some(uid), Some(uid)).unwrap();
         }

@@ -37,8 +37,7 @@ impl Transit {
             error.message.push_str("; nothing was changed");
             error
         };
-        let server = self.read_health()?.1.server;
-        self.same_place(recorded, server).map_err(untouched)?;
+        let server = self.same_place(recorded).map_err(untouched)?.server;
         let reply = self.client.call(&Method::GET, &self.key_path(), None, Some(server))?;
         match classify(&reply).0 {
             Meaning::Nothing => return Ok(None),

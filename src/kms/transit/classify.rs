@@ -40,8 +40,6 @@ pub(super) enum Meaning {
     NotAuthentic,
     /// The wrapped key is not even well-formed.
     Malformed,
-    /// The key is derived and the request had no context.
-    NoContext,
     /// Deleting needs `deletion_allowed`.
     DeletionNotAllowed,
     /// No engine is mounted at that path.
@@ -92,13 +90,10 @@ const fn rows(from: u16, to: u16, meaning: Meaning, failure: Failure) -> Row {
 /// First match wins.
 static TABLE: &[Row] = &[
     row(400, Words::Is("encryption key not found"), Meaning::NoKey, Failure::Missing),
-    row(400, Words::Is("key not found"), Meaning::NoKey, Failure::Missing),
     row(400, Words::Ends("could not delete key; not found"), Meaning::NoKey, Failure::Missing),
     row(400, Words::Begins("no existing key named "), Meaning::NoKey, Failure::Missing),
     row(404, Words::None, Meaning::Nothing, Failure::Missing),
     row(400, Words::Is("refusing to use soft-deleted key"), Meaning::SoftDeleted, Failure::Suspended),
-    // Rotating a soft-deleted key; before the row for every other 5xx.
-    row(500, Words::Holds("refusing to use soft-deleted key"), Meaning::SoftDeleted, Failure::Suspended),
     row(
         400,
         Words::Is("ciphertext or signature version is disallowed by policy (too old)"),
@@ -109,8 +104,6 @@ static TABLE: &[Row] = &[
     // `cipher: …` for AES-GCM, `chacha20poly1305: …` for the other two types.
     row(400, Words::Ends(": message authentication failed"), Meaning::NotAuthentic, Failure::BadData),
     row(400, Words::Begins("invalid ciphertext"), Meaning::Malformed, Failure::BadData),
-    row(400, Words::Is("missing ciphertext to decrypt"), Meaning::Malformed, Failure::BadData),
-    row(400, Words::Begins("missing 'context' for key derivation"), Meaning::NoContext, Failure::Protocol),
     row(400, Words::Ends("deletion is not allowed for this key"), Meaning::DeletionNotAllowed, Failure::Denied),
     row(400, Words::Is("invalid role or secret ID"), Meaning::BadLogin, Failure::Unauthenticated),
     row(403, Words::Is("permission denied"), Meaning::BadToken, Failure::Unauthenticated),
@@ -119,7 +112,15 @@ static TABLE: &[Row] = &[
     row(404, Words::Begins("no handler for route"), Meaning::NoEngine, Failure::Missing),
     row(404, Words::Is("namespace not found"), Meaning::NoNamespace, Failure::Config),
     row(404, Words::Holds("unsupported path"), Meaning::NoSuchRequest, Failure::Protocol),
+    // Vault's.
     row(405, Words::Holds("unsupported operation"), Meaning::NoSuchRequest, Failure::Protocol),
+    // While it is being sealed, or between two leaders.
+    row(
+        500,
+        Words::Is("local node not active but active cluster node not found"),
+        Meaning::Standby,
+        Failure::Unavailable,
+    ),
     rows(300, 399, Meaning::Standby, Failure::Unavailable),
     rows(412, 412, Meaning::Standby, Failure::Unavailable),
     rows(429, 429, Meaning::Busy, Failure::Unavailable),
@@ -187,7 +188,6 @@ pub(super) fn line(meaning: Meaning, what: &str, did: &str) -> String {
         Meaning::TooNew | Meaning::NotAuthentic | Meaning::Malformed => {
             format!("{what} rejects the wrapped key: it is damaged, or belongs to another volume")
         }
-        Meaning::NoContext => format!("the key service missed the context that binds {what}"),
         Meaning::DeletionNotAllowed => format!("{what} does not allow its deletion: set deletion_allowed=true on it"),
         Meaning::NoEngine => {
             format!("no Transit engine is mounted where {what} should be: check `engine` in the URI, VAULT_NAMESPACE, or mount it")

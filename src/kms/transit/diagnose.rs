@@ -23,6 +23,14 @@ pub(super) struct Recorded<'a> {
     pub(super) cluster_id: &'a str,
 }
 
+/// The recorded cluster and engine, found at one server.
+pub(super) struct Place {
+    /// Which of the addresses.
+    pub(super) server: usize,
+    /// What showed it.
+    pub(super) findings: Vec<Finding>,
+}
+
 /// A wrapped key of the right form that no key ever made: 12 bytes of nonce, 32 of key, 16 of tag, all zero.
 fn dummy() -> Wrapped {
     Wrapped(format!("vault:v1:{}", STANDARD.encode([0; 60])))
@@ -111,12 +119,14 @@ impl Transit {
             )
             .with_detail(detail);
         }
-        let Ok((info, reply)) = self.read_key(None) else { return plain };
+        let place = self.same_place(recorded);
+        let server = place.as_ref().ok().map(|place| place.server);
+        let Ok((info, reply)) = self.read_key(server) else { return plain };
         if info.min_available_version <= recorded.key_version {
             return plain;
         }
         let said = reply.quote();
-        if let Err(why) = self.same_place(recorded, reply.server) {
+        if let Err(why) = place {
             return KmsError::new(
                 Failure::Missing,
                 format!(
@@ -149,7 +159,7 @@ impl Transit {
         if info.is_same(recorded.key_version, recorded.key_version_created) == SameVersion::No {
             return self.recreated(&reply);
         }
-        match self.same_place(recorded, reply.server) {
+        match self.same_place(recorded) {
             Err(why) if why.failure == Failure::Recreated => why.with_detail(reply.quote()),
             _ => plain,
         }
@@ -165,11 +175,9 @@ impl Transit {
 
     /// That the server is the recorded cluster and the engine the recorded engine. [`Failure::Recreated`] if one is
     /// another, any other class if that cannot be found out.
-    pub(super) fn same_place(&self, recorded: &Recorded<'_>, server: usize) -> Result<Vec<Finding>, KmsError> {
+    pub(super) fn same_place(&self, recorded: &Recorded<'_>) -> Result<Place, KmsError> {
         let (health, health_reply) = self.read_health()?;
-        if health_reply.server != server {
-            return Err(KmsError::new(Failure::Unavailable, "the active server changed in between: try again"));
-        }
+        let server = health_reply.server;
         if health.cluster_id != recorded.cluster_id {
             let message = format!(
                 "the server at {} is another cluster ({}) than the recorded one ({})",
@@ -187,7 +195,7 @@ impl Transit {
             );
             return Err(KmsError::new(Failure::Recreated, message).with_detail(engine_reply.quote()));
         }
-        Ok(vec![
+        let findings = vec![
             Finding {
                 asked: format!("TLS connection to {}", self.client.http().address(server)),
                 answered: format!("certificate verified against {}", self.client.http().roots()),
@@ -203,7 +211,8 @@ impl Transit {
                 answered: engine_reply.quote(),
                 shows: "the engine is the recorded one, neither moved nor made anew".to_owned(),
             },
-        ])
+        ];
+        Ok(Place { server, findings })
     }
 
     /// The rule: every part from one server, or no proof. The class of an error is [`Failure::NotDestroyed`].
@@ -213,8 +222,7 @@ impl Transit {
         probe: Option<(&Binding, &Wrapped)>,
     ) -> Result<Vec<Finding>, KmsError> {
         let kept = |error: KmsError| KmsError { failure: Failure::NotDestroyed, ..error };
-        let server = self.read_health().map_err(kept)?.1.server;
-        let mut findings = self.same_place(recorded, server).map_err(kept)?;
+        let Place { server, mut findings } = self.same_place(recorded).map_err(kept)?;
         findings.push(self.ask_to_open(recorded, probe, server)?);
         let path = self.key_path();
         let reply = self.client.call(&Method::GET, &path, None, Some(server)).map_err(kept)?;
