@@ -114,8 +114,8 @@ fn error_line(error: &Error) -> String {
     {
         tracing::debug!("the key service said: {detail}");
     }
-    // A message that quotes foreign text with a line break must still be one line.
-    format!("lethefs: {}\n", error.to_string().replace(['\n', '\r'], " "))
+    // A message that quotes foreign text must still be one line, and say nothing to the terminal.
+    format!("lethefs: {}\n", output::safe(&error.to_string().replace(['\n', '\r'], " ")))
 }
 
 fn start_log(verbose: u8) {

@@ -34,7 +34,7 @@ pub fn warnings(warnings: &[String]) -> String {
 }
 
 /// Text from outside, on one line and without control characters.
-fn safe(text: &str) -> String {
+pub(super) fn safe(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 

@@ -107,8 +107,15 @@ impl Filesystem {
             Kind::Regular => attributes.size = self.regular_size(inode, &stat)?,
             Kind::Symlink => {
                 attributes.kind = Type::Symlink;
-                attributes.size = link::target_len(&self.volume, stat.st_size as u64, || self.read_backing_link(inode))
-                    .map_err(|error| self.failed(inode, error))?;
+                let len = stat.st_size as u64;
+                attributes.size = match link::target_len(&self.volume, len, || self.read_backing_link(inode)) {
+                    // A tail that is not ours: readlink fails, the entry itself can be looked at and removed.
+                    Err(error @ VolumeError::Damaged(_)) => {
+                        self.failed(inode, error);
+                        link::plain_len(len)
+                    }
+                    other => other.map_err(|error| self.failed(inode, error))?,
+                };
             }
             Kind::Node => {
                 let header = self.node(inode)?;

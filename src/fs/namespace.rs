@@ -67,7 +67,11 @@ impl Filesystem {
 
     /// Makes an entry known to the kernel, with one reference.
     fn enter(&self, parent: &Arc<Inode>, name: &str, stat: Stat) -> Outcome<Attributes> {
-        let kind = self.kind(&stat).map_err(|error| self.failed(parent, error))?;
+        let mut kind = self.kind(&stat).map_err(|error| self.failed(parent, error))?;
+        // What has the length of a record but is none is a file that was cut off: unreadable, and there to be removed.
+        if kind == Kind::Node && self.node_type(self.open(parent)?.fd.as_fd(), name).is_none() {
+            kind = Kind::Regular;
+        }
         let inode = self.inodes.enter(node_id(stat.st_ino), kind, parent, name);
         self.attributes(&inode, stat).inspect_err(|_| self.inodes.forget(inode.ino, 1))
     }

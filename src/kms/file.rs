@@ -137,7 +137,8 @@ impl KeySource for KeyFile {
             identity: identity(&stored),
             quantum_durable: true,
             warnings: vec![
-                "The key is a file on this machine: whoever can read or copy it can open the volume, and no service can show that it is gone."
+                "The key is a file on this machine: whoever can read or copy it can open the volume, and no \
+                 service can show that it is gone."
                     .to_owned(),
             ],
             deletion_allowed: store::may_change_directory(&self.path),
@@ -216,8 +217,8 @@ impl KeyAdmin for KeyFile {
                 Finding {
                     asked: "other copies".to_owned(),
                     answered: "not asked: nobody can tell".to_owned(),
-                    shows: "nothing: a copy, a backup, a snapshot, or old blocks of the disk may still hold the key, and the \
-                            place may only be unmounted"
+                    shows: "nothing: a copy, a backup, a snapshot, or old blocks of the disk may still hold the key, \
+                            and the place may only be unmounted"
                         .to_owned(),
                 },
             ],

@@ -76,9 +76,8 @@ fn refuse_credentials(rest: &str) -> Result<(), BadUri> {
     if let Some(after) = rest.strip_prefix("//") {
         let authority = after.split(['/', '?', '#']).next().unwrap_or_default();
         if authority.contains('@') || authority.to_ascii_lowercase().contains("%40") {
-            return bad(
-                "the key URI carries user information before `@` (not shown): credentials come from the environment, never from a URI",
-            );
+            return bad("the key URI carries user information before `@` (not shown): credentials come from the \
+                 environment, never from a URI");
         }
     }
     // `?` and `&` for queries, `;` for pkcs11 attributes. In the path of a key file this may refuse too much; such a
@@ -89,7 +88,8 @@ fn refuse_credentials(rest: &str) -> Result<(), BadUri> {
         let name = decode(name).map(|bytes| String::from_utf8_lossy(&bytes).to_ascii_lowercase()).unwrap_or_default();
         if let Some(word) = CREDENTIALS.iter().find(|word| name.contains(**word)) {
             return bad(format!(
-                "the key URI carries a credential in a parameter like `{word}` (value not shown): credentials come from the environment, never from a URI"
+                "the key URI carries a credential in a parameter like `{word}` (value not shown): credentials \
+                 come from the environment, never from a URI"
             ));
         }
     }
@@ -259,8 +259,8 @@ mod tests {
             assert_eq!(uri, KeyUri::Transit(TransitKey { engine: engine.into(), key: key.into() }), "{text}");
             assert_eq!(uri.to_string(), format!("hashivault://{key}?engine={engine}"));
         }
-        for (text, path) in [("file:///etc/k", "/etc/k"), ("file:///a%20b/%C3%A9@x", "/a b/é@x"), ("file:///é", "/é")]
-        {
+        let paths = [("file:///etc/k", "/etc/k"), ("file:///a%20b/%C3%A9@x", "/a b/é@x"), ("file:///é", "/é")];
+        for (text, path) in paths {
             assert_eq!(text.parse::<KeyUri>().expect(text), KeyUri::File(path.into()), "{text}");
         }
         assert_eq!(KeyUri::File("/a b?#%".into()).to_string(), "file:///a%20b%3F%23%25");

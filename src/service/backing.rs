@@ -61,15 +61,12 @@ pub fn lock(backing: impl AsFd, path: &Path) -> Result<bool, Error> {
 /// # Errors
 /// The system's; a symlink, another type, or more than `limit` bytes.
 pub fn read_small(backing: impl AsFd, name: &str, limit: u64) -> io::Result<Option<Vec<u8>>> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match rustix::fs::openat(backing, name, flags, Mode::empty()) {
+    let file = match storage::open_file(backing.as_fd(), name, false) {
         Ok(fd) => File::from(fd),
         Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP | Errno::NXIO) => return Err(io::Error::other(format!("{name} is not a regular file"))),
         Err(errno) => return Err(errno.into()),
     };
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other(format!("{name} is not a regular file")));
-    }
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
@@ -127,7 +124,7 @@ pub fn count(root: &Path) -> Contents {
                 contents.nodes += 1;
             } else if meta.is_file() {
                 contents.files += 1;
-                contents.bytes += plain_size(meta.len().max(HEADER)).unwrap_or(0);
+                contents.bytes = contents.bytes.saturating_add(plain_size(meta.len().max(HEADER)).unwrap_or(0));
             }
         }
     }

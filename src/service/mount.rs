@@ -82,23 +82,31 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     let backing = backing::open(&backing_path)?;
     take_lock(&backing, &backing_path)?;
     // Held to the very end, whatever the filesystem does with its own descriptor.
-    let _lock = backing.try_clone().map_err(Error::io("cannot duplicate a descriptor"))?;
+    let lock = backing.try_clone().map_err(Error::io("cannot duplicate a descriptor"))?;
 
     let copies = VolumeFile::read(&backing)?;
     let journal = journal::read_backing(&backing);
     let mut warnings = Vec::new();
     let grant = trust::grant(copies, request.trust, request.uri.as_ref())?;
-    let unlocked = unlock::unlock(&grant, journal.as_ref())?;
+    let unlock::Unlocked { keys, body, used, repair } = unlock::unlock(&grant, journal.as_ref())?;
     if let Some(journal) = &journal {
         warnings.push(format!("{}; yet the key still opens this volume", journal.sentence()));
     }
-    let body = &unlocked.body;
-    if unlocked.repair && !request.options.read_only {
-        VolumeFile::write(&backing, body, &unlocked.keys)?;
-        warnings.push("one copy of the volume file was missing or damaged: both were written anew".into());
+    let mut pin = grant.pin;
+    pin.refresh(&body);
+    keys.set_lowest_version(pin.lowest_version);
+    let read_only = request.options.read_only;
+    let volume = Volume::open(backing, &backing_path, &body, keys, read_only)?;
+    // Only now is it known that the volume file is this directory's: before, nothing may be written.
+    if repair && !read_only {
+        warnings.push(match VolumeFile::write(&lock, &body, volume.keys()) {
+            Ok(()) => "one copy of the volume file was missing or damaged: both were written anew".into(),
+            Err(error) => {
+                format!("one copy of the volume file is missing or damaged, and writing it anew failed: {error}")
+            }
+        });
     }
-    let pin = remember(&grant.pin, &unlocked, &mut warnings);
-    unlocked.keys.set_lowest_version(pin.lowest_version);
+    remember(&pin, &mut warnings);
 
     let runtime = places::runtime_dir();
     places::make_dir(&runtime).map_err(Error::io(format!("cannot use the runtime directory {}", runtime.display())))?;
@@ -111,14 +119,13 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
         backing: backing_path.clone(),
         mountpoint: mountpoint.clone(),
         pid: record.pid,
-        key: unlocked.used.slot.identity.clone(),
-        uri: unlocked.used.uri.clone(),
+        key: used.slot.identity.clone(),
+        uri: used.uri.clone(),
         options: option_texts(&request.options),
         log: request.log_file.clone().unwrap_or_else(|| files.log.clone()),
         warnings,
     };
 
-    let volume = Volume::open(backing, &backing_path, &unlocked.body, unlocked.keys, request.options.read_only)?;
     // From here on a signal means an orderly end; before, it ends a process that has not mounted anything.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Error::io("cannot catch signals"))?;
     let mounted = Mounted::start(volume, &mountpoint, &request.options)
@@ -205,18 +212,15 @@ fn take_lock(backing: &OwnedFd, path: &Path) -> Result<(), Error> {
     Err(Error::InUse(format!("{} is already mounted {who}: unmount it there first", path.display())))
 }
 
-/// Raises the pin to what the authenticated file says. Not being able to is no reason not to mount, except at first sight.
-fn remember(known: &trust::Pin, unlocked: &unlock::Unlocked, warnings: &mut Vec<String>) -> trust::Pin {
-    let mut pin = known.clone();
-    pin.refresh(&unlocked.body);
+/// Keeps the pin that the authenticated file raised. Not being able to is no reason not to mount, except at first sight.
+fn remember(pin: &trust::Pin, warnings: &mut Vec<String>) {
     let on_disk = trust::find(pin.volume_id).ok().flatten();
-    if on_disk.is_none_or(|found| found.pin != pin) {
+    if on_disk.is_none_or(|found| found.pin != *pin) {
         match pin.save() {
             Ok(path) => tracing::info!(pin = %path.display(), "pin written"),
             Err(error) => warnings.push(format!("{error}; this host will not remember what it saw")),
         }
     }
-    pin
 }
 
 fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountHandle) -> io::Result<()> {

@@ -6,7 +6,7 @@ use super::format::{DIR_HEADER, b64, un_b64};
 use super::header::{ObjectType, STATIC_LEN, Static};
 use super::names::{self, CipherName};
 use super::storage::{self, Errno, RenameFlags};
-use super::{Damage, VolumeError, format};
+use super::{Damage, VolumeError, format, header};
 use crate::crypto::ObjectId;
 use crate::keyring::{Dek, Keyring};
 
@@ -36,6 +36,12 @@ impl DirKeys {
         };
         let bytes: [u8; STATIC_LEN] = un_b64(&text).and_then(|bytes| bytes.try_into().ok()).ok_or(DAMAGED)?;
         Ok(Self(Static::open_as(keys, &bytes, ObjectType::Directory)?))
+    }
+
+    /// The object that the header of an open directory claims to be of: not authenticated, good only for a guess.
+    pub fn claimed_id(dir: BorrowedFd<'_>) -> Option<ObjectId> {
+        let bytes = un_b64(&storage::readlink(dir, DIR_HEADER).ok()?)?;
+        header::claimed_id(bytes.first_chunk()?)
     }
 
     /// The directory's object.

@@ -126,6 +126,11 @@ impl Static {
     }
 }
 
+/// The object that a static header claims to be of. Not authenticated.
+pub fn claimed_id(bytes: &[u8; STATIC_LEN]) -> Option<ObjectId> {
+    bytes[24..].first_chunk().map(|id| ObjectId(*id))
+}
+
 /// The changing part of a regular file's header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mutable {

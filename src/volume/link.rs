@@ -12,6 +12,9 @@ use crate::crypto::{NONCE_LEN, ObjectId, TAG_LEN, random};
 /// Header, nonce and tag: what a backing target holds beside the plaintext.
 const OVERHEAD: usize = STATIC_LEN + NONCE_LEN + TAG_LEN;
 
+/// A header, a target of 4,095 bytes and the tag are 5,668 characters: the first piece and five more.
+const MAX_TAIL: u32 = 5;
+
 const DAMAGED: VolumeError = VolumeError::Damaged(Damage::Link);
 
 /// A symlink ready to be made.
@@ -78,10 +81,8 @@ fn make_tail(root: BorrowedFd<'_>, id: ObjectId, tail: &[Vec<u8>]) -> Result<(),
 /// Removes the tail of a long target once nothing refers to it. Best effort.
 pub fn remove_tail(root: BorrowedFd<'_>, id: ObjectId) {
     let Ok(overflow) = storage::open_dir(root, OVERFLOW_DIR) else { return };
-    for n in 1.. {
-        if storage::unlink(storage::fd(&overflow), format!("{id}.{n}")).is_err() {
-            break;
-        }
+    for n in 1..=MAX_TAIL {
+        let _ = storage::unlink(storage::fd(&overflow), format!("{id}.{n}"));
     }
 }
 
@@ -103,8 +104,7 @@ fn whole(root: BorrowedFd<'_>, volume: &Volume, mut text: Vec<u8>) -> Result<Vec
     }
     let id = object(volume, &text).ok_or(DAMAGED)?;
     let overflow = storage::open_dir(root, OVERFLOW_DIR).map_err(|_| DAMAGED)?;
-    // A header, a target of 4,095 bytes and the tag are 5,668 characters: the first piece and five more.
-    for n in 1..=5 {
+    for n in 1..=MAX_TAIL {
         let piece = storage::readlink(storage::fd(&overflow), format!("{id}.{n}")).map_err(|_| DAMAGED)?;
         text.extend(&piece);
         if text.pop_if(|byte| *byte == b'.').is_some() {
@@ -131,7 +131,12 @@ pub fn target_len(
     } else {
         backing_len
     };
-    Ok((chars * 3 / 4).saturating_sub(OVERHEAD as u64))
+    Ok(plain_len(chars))
+}
+
+/// Length of the plaintext in this many characters.
+pub fn plain_len(chars: u64) -> u64 {
+    (chars * 3 / 4).saturating_sub(OVERHEAD as u64)
 }
 
 /// Decrypts a target from the backing symlink's own.

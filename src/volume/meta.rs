@@ -10,7 +10,9 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+use super::dir::DirKeys;
 use super::format::{FORMAT, VOLUME_FILE, VOLUME_FILE_COPY};
+use super::storage::{self, Errno};
 use crate::crypto::ids::{hex, unhex};
 use crate::crypto::{ObjectId, VolumeId};
 use crate::keyring::{Keyring, KeyringError};
@@ -229,7 +231,8 @@ impl VolumeFile {
         if proved { Ok(&self.body) } else { Err(MetaError::Unauthentic) }
     }
 
-    /// The two copies of a backing directory that parse, the higher generation first.
+    /// The two copies of a backing directory that parse: first those that speak of its root directory, then by generation.
+    /// So another volume's file in the place of one copy, however genuine, does not hide this volume's.
     ///
     /// # Errors
     /// [`MetaError::NotAVolume`], or what is wrong with the better copy if none is usable.
@@ -252,7 +255,8 @@ impl VolumeFile {
         if found.is_empty() {
             return Err(worst.unwrap_or(MetaError::NotAVolume));
         }
-        found.sort_by_key(|file| std::cmp::Reverse(file.body.generation));
+        let root = DirKeys::claimed_id(backing.as_fd());
+        found.sort_by_key(|file| (Some(file.body.root_id) != root, std::cmp::Reverse(file.body.generation)));
         Ok(found)
     }
 
@@ -337,16 +341,13 @@ fn to_line<T: Serialize>(value: &T) -> Result<Vec<u8>, MetaError> {
 
 fn read_copy(backing: &impl AsFd, name: &str) -> Result<Vec<u8>, MetaError> {
     use std::io::Read as _;
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let fd = match rustix::fs::openat(backing, name, flags, Mode::empty()) {
+    let fd = match storage::open_file(backing.as_fd(), name, false) {
         Ok(fd) => fd,
-        Err(rustix::io::Errno::NOENT) => return Err(MetaError::NotAVolume),
-        Err(rustix::io::Errno::LOOP) => return Err(MetaError::Damaged(format!("{name} is a symlink"))),
+        Err(Errno::NOENT) => return Err(MetaError::NotAVolume),
+        Err(Errno::LOOP) => return Err(MetaError::Damaged(format!("{name} is a symlink"))),
+        Err(Errno::NXIO) => return Err(MetaError::Damaged(format!("{name} is not a regular file"))),
         Err(errno) => return Err(errno.into()),
     };
-    if rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) != rustix::fs::FileType::RegularFile {
-        return Err(MetaError::Damaged(format!("{name} is not a regular file")));
-    }
     let mut bytes = Vec::new();
     std::fs::File::from(fd).take(MAX_LEN + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_LEN {

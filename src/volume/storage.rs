@@ -33,13 +33,18 @@ pub fn open_dir(dir: BorrowedFd<'_>, name: impl Arg) -> Result<OwnedFd> {
     sys::openat(dir, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Opens a regular file for reading, and for writing if `write`. What is not one is [`Errno::NXIO`], unopened as far as
-/// its driver is concerned.
+/// Opens a regular file for reading, and for writing if `write`. What is not one is not opened: [`Errno::LOOP`] for a
+/// symlink, else [`Errno::NXIO`].
 pub fn open_file(dir: BorrowedFd<'_>, name: impl Arg, write: bool) -> Result<OwnedFd> {
+    // Held before it is opened: opening a planted device or FIFO would already do something.
+    let held = open_path(dir, name)?;
+    match file_type(&sys::fstat(&held)?) {
+        FileType::RegularFile => {}
+        FileType::Symlink => return Err(Errno::LOOP),
+        _ => return Err(Errno::NXIO),
+    }
     let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
-    let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let fd = sys::openat(dir, name, flags, Mode::empty())?;
-    if file_type(&sys::fstat(&fd)?) == FileType::RegularFile { Ok(fd) } else { Err(Errno::NXIO) }
+    sys::open(proc_path(held.as_fd()), access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// A descriptor that only holds an object: it survives the entry's removal.

@@ -1,7 +1,7 @@
 //! A real OpenBao server for tests: TLS, static seal, self-init, audit log, its own temporary directory.
 //!
-//! Killed and removed on drop, so a test owns its server; a `static` would outlive the process. Needs a `bao` binary
-//! (`LETHEFS_TEST_BAO`, else `bao` in `PATH`) and the `openssl` command.
+//! Killed and removed on drop, so a test owns its server, or when the test's process ends without that. Needs a `bao`
+//! binary (`LETHEFS_TEST_BAO`, else `bao` in `PATH`) and the `openssl` command.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -45,6 +45,7 @@ pub(crate) struct Server {
     storage: Storage,
     port: u16,
     child: Option<Child>,
+    watchdog: Option<Child>,
     http: Client,
     token: String,
 }
@@ -105,7 +106,7 @@ impl Server {
         fs::create_dir(dir.path().join("data")).expect("data directory");
         let ca = reqwest::Certificate::from_pem(&fs::read(dir.path().join("ca.pem")).expect("CA")).expect("CA");
         let http = Client::builder().no_proxy().tls_certs_only([ca]).timeout(PATIENCE).build().expect("HTTP client");
-        let mut server = Self { dir, storage, port: 0, child: None, http, token: String::new() };
+        let mut server = Self { dir, storage, port: 0, child: None, watchdog: None, http, token: String::new() };
         // Another process may take the port first: try a few.
         let started = (0..5).any(|_| {
             server.port = free_port();
@@ -190,6 +191,12 @@ initialize "setup" {{
             .stderr(log)
             .spawn()
             .expect("bao runs");
+        // Ends the server should this process end without dropping it: the read ends when our end of the pipe closes.
+        let script = "read -r _; kill -9 \"$0\"; rm -rf \"$1\"";
+        let mut watchdog = Command::new("sh");
+        watchdog.args(["-c", script, &child.id().to_string()]).arg(path);
+        watchdog.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.watchdog = Some(watchdog.spawn().expect("sh runs"));
         self.child = Some(child);
         wait_for("OpenBao to be active", || {
             let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("waited")).is_some();
@@ -375,7 +382,8 @@ initialize "setup" {{
 
     /// Ends the process, and frees its port.
     pub(crate) fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
+        // The watchdog first: it must not outlive the process whose number it knows.
+        for mut child in [self.watchdog.take(), self.child.take()].into_iter().flatten() {
             let _ = child.kill();
             let _ = child.wait();
         }

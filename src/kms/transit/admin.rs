@@ -51,8 +51,8 @@ impl Transit {
             SameVersion::Hidden if info.min_available_version > recorded.key_version => Err(KmsError::new(
                 Failure::Unsuitable,
                 format!(
-                    "version {} of {} has been trimmed away, so that it is the recorded key cannot be checked: delete it by hand; \
-                     nothing was changed",
+                    "version {} of {} has been trimmed away, so that it is the recorded key cannot be checked: \
+                     delete it by hand; nothing was changed",
                     recorded.key_version,
                     self.what()
                 ),
@@ -60,8 +60,9 @@ impl Transit {
             SameVersion::Hidden => Err(KmsError::new(
                 Failure::Suspended,
                 format!(
-                    "version {} of {} is switched off (min_decryption_version is {}), so that it is the recorded key cannot be \
-                     checked: lower it with `bao write {}/config min_decryption_version={}`; nothing was changed",
+                    "version {} of {} is switched off (min_decryption_version is {}), so that it is the recorded \
+                     key cannot be checked: lower it with `bao write {}/config min_decryption_version={}`; \
+                     nothing was changed",
                     recorded.key_version,
                     self.what(),
                     info.min_decryption_version,

@@ -172,12 +172,16 @@ pub(super) fn line(meaning: Meaning, what: &str, did: &str) -> String {
         Meaning::Sealed => format!("the key service is sealed and cannot {did}: have it unsealed"),
         Meaning::Standby => format!("the key service is a standby and cannot {did}: give VAULT_ADDR the active node"),
         Meaning::Busy => format!("the key service cannot {did} now: it is overloaded or limits the rate; try again"),
-        Meaning::NotGranted => format!("no policy lets these credentials {did} ({what}): see docs/KMS.md for the policy"),
+        Meaning::NotGranted => format!(
+            "no policy lets these credentials {did} ({what}): see docs/KMS.md for \
+             the policy"
+        ),
         Meaning::BadToken => {
             "the key service does not accept the token: renew it (VAULT_TOKEN, VAULT_TOKEN_FILE)".to_owned()
         }
         Meaning::BadLogin => {
-            "the key service does not accept the AppRole's role id and secret id: ask its administrator for a new secret id"
+            "the key service does not accept the AppRole's role id and secret id: ask its administrator for a \
+             new secret id"
                 .to_owned()
         }
         Meaning::NoKey | Meaning::Nothing => format!("{what} is not there"),
@@ -190,14 +194,20 @@ pub(super) fn line(meaning: Meaning, what: &str, did: &str) -> String {
         }
         Meaning::DeletionNotAllowed => format!("{what} does not allow its deletion: set deletion_allowed=true on it"),
         Meaning::NoEngine => {
-            format!("no Transit engine is mounted where {what} should be: check `engine` in the URI, VAULT_NAMESPACE, or mount it")
+            format!(
+                "no Transit engine is mounted where {what} should be: check `engine` in the URI, \
+                 VAULT_NAMESPACE, or mount it"
+            )
         }
         Meaning::NoNamespace => "the key service has no such namespace: check VAULT_NAMESPACE".to_owned(),
         Meaning::NoSuchRequest => format!("the key service does not know how to {did}"),
-        Meaning::Foreign => {
-            "what answers is not an OpenBao or Vault server, or something stands in between: check VAULT_ADDR".to_owned()
-        }
-        Meaning::Done | Meaning::Unknown => format!("the key service gave an answer that is not understood when asked to {did}"),
+        Meaning::Foreign => "what answers is not an OpenBao or Vault server, or something stands in between: check \
+             VAULT_ADDR"
+            .to_owned(),
+        Meaning::Done | Meaning::Unknown => format!(
+            "the key service gave an answer that is not understood when \
+             asked to {did}"
+        ),
     }
 }
 

@@ -95,7 +95,8 @@ impl Client {
         reply
     }
 
-    /// Whether the server knows our token, whatever it allows. A refusal by policy is enough: only a valid token gets one.
+    /// Whether the server knows our token, whatever it allows. A refusal by policy is enough: only a valid token gets
+    /// one.
     fn token_is_good(&self, server: Option<usize>) -> Result<bool, KmsError> {
         let ask = |token: &Secret| self.send(&Method::GET, "auth/token/lookup-self", None, Some(token), server);
         let reply = self.with_token(&ask)?;
@@ -188,7 +189,10 @@ impl Client {
             }
             Meaning::BadToken | Meaning::NotGranted | Meaning::NoEngine | Meaning::Nothing => Err(KmsError::new(
                 Failure::Unauthenticated,
-                format!("the key service has no AppRole login at auth/{mount}: check LETHEFS_APPROLE_PATH and VAULT_NAMESPACE"),
+                format!(
+                    "the key service has no AppRole login at auth/{mount}: check LETHEFS_APPROLE_PATH and \
+                     VAULT_NAMESPACE"
+                ),
             )
             .with_detail(reply.quote())),
             _ => Err(reply.refuse("the AppRole", "log in")),

@@ -106,6 +106,10 @@ pub struct Config {
     pub timeout: Duration,
 }
 
+fn no_credentials() -> KmsError {
+    config("no credentials for the key service: set VAULT_TOKEN, VAULT_TOKEN_FILE or LETHEFS_APPROLE_*_FILE")
+}
+
 pub(super) fn config(message: impl Into<String>) -> KmsError {
     KmsError::new(Failure::Config, message)
 }
@@ -140,25 +144,32 @@ impl Config {
         };
         let path = |name: &str| variable(name).map(PathBuf::from);
         let approle = (path("LETHEFS_APPROLE_ROLE_ID_FILE"), path("LETHEFS_APPROLE_SECRET_ID_FILE"));
-        // A token that somebody has just exported is meant for what comes next, such as an erase with the administrator's
-        // rights in a shell that has the mount's role configured.
+        // A token that somebody has just exported is meant for what comes next, such as an erase with the
+        // administrator's rights in a shell that has the mount's role configured.
         let credentials = match (text("VAULT_TOKEN")?, approle) {
             (Some(token), _) => Credentials::Token(Secret::new(token, "VAULT_TOKEN")?),
             (None, (Some(role_id_file), Some(secret_id_file))) => {
-                let mount = text("LETHEFS_APPROLE_PATH")?.map_or_else(|| "approle".to_owned(), |mount| mount.to_string());
+                let mount =
+                    text("LETHEFS_APPROLE_PATH")?.map_or_else(|| "approle".to_owned(), |mount| mount.to_string());
                 check_path(&mount, "LETHEFS_APPROLE_PATH")?;
                 Credentials::AppRole { mount, role_id_file, secret_id_file }
             }
             (None, (Some(_), None)) => {
-                return Err(config("LETHEFS_APPROLE_ROLE_ID_FILE is set, but LETHEFS_APPROLE_SECRET_ID_FILE is not: set both"));
+                return Err(config(
+                    "LETHEFS_APPROLE_ROLE_ID_FILE is set, but LETHEFS_APPROLE_SECRET_ID_FILE is \
+                     not: set both",
+                ));
             }
             (None, (None, Some(_))) => {
-                return Err(config("LETHEFS_APPROLE_SECRET_ID_FILE is set, but LETHEFS_APPROLE_ROLE_ID_FILE is not: set both"));
+                return Err(config(
+                    "LETHEFS_APPROLE_SECRET_ID_FILE is set, but LETHEFS_APPROLE_ROLE_ID_FILE is \
+                     not: set both",
+                ));
             }
             (None, (None, None)) => Credentials::TokenFile(
                 path("VAULT_TOKEN_FILE")
                     .or_else(|| path("HOME").map(|home| home.join(".vault-token")))
-                    .ok_or_else(|| config("no credentials for the key service: set VAULT_TOKEN, VAULT_TOKEN_FILE or LETHEFS_APPROLE_*_FILE"))?,
+                    .ok_or_else(no_credentials)?,
             ),
         };
         let namespace = match text("VAULT_NAMESPACE")? {

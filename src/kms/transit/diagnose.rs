@@ -190,7 +190,8 @@ impl Transit {
         let (engine, engine_reply) = self.read_engine(Some(server))?;
         if engine.uuid != recorded.engine_uuid {
             let message = format!(
-                "the engine at {} is another one ({}) than the recorded one ({}): the recorded one was moved or removed",
+                "the engine at {} is another one ({}) than the recorded one ({}): the recorded one was moved or \
+                 removed",
                 self.key.engine, engine.uuid, recorded.engine_uuid
             );
             return Err(KmsError::new(Failure::Recreated, message).with_detail(engine_reply.quote()));

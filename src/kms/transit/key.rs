@@ -162,9 +162,8 @@ mod tests {
 
     #[test]
     fn versions_are_told_apart_by_age() {
-        let key = info(
-            r#"{"type":"aes256-gcm96","derived":true,"latest_version":4,"min_decryption_version":3,"keys":{"3":300,"4":400}}"#,
-        );
+        let key =
+            info(r#"{"type":"aes256-gcm96","latest_version":4,"min_decryption_version":3,"keys":{"3":300,"4":400}}"#);
         assert_eq!(key.is_same(3, 300), SameVersion::Yes);
         assert_eq!(key.is_same(3, 301), SameVersion::No);
         assert_eq!(key.is_same(5, 500), SameVersion::No);

@@ -9,8 +9,11 @@ use crate::{BINDING, config, error, key, token};
 #[test]
 fn odd_replies_are_refused() {
     let body = |status: &str, length: usize, body: &str| {
-        format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
-            .into_bytes()
+        format!(
+            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\nConnection: \
+             close\r\n\r\n{body}"
+        )
+        .into_bytes()
     };
     let whole = |status: &str, text: &str| body(status, text.len(), text);
     let huge = format!(r#"{{"data":{{"plaintext":"{}"}}}}"#, "A".repeat(300 * 1024));
