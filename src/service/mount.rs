@@ -8,9 +8,10 @@ mod unlock;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::control::{self, Op, Status};
@@ -128,6 +129,8 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
 
     // From here on a signal means an orderly end; before, it ends a process that has not mounted anything.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Error::io("cannot catch signals"))?;
+    // Caught and not looked at: a write beyond a hard limit on file sizes then fails instead of ending the mount.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(Error::io("cannot catch signals"))?;
     let mounted = Mounted::start(volume, &mountpoint, &request.options)
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();

@@ -43,6 +43,8 @@ pub fn harden() {
     let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
     let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     raise(Resource::Memlock);
+    // A program's own RLIMIT_FSIZE is enforced by the kernel before its write comes to us; ours would hit everybody.
+    raise(Resource::Fsize);
     raise_open_files();
     // Modes come from the kernel's requests as they are; the caller's umask was applied there.
     rustix::process::umask(rustix::fs::Mode::empty());
