@@ -104,14 +104,19 @@ impl Filesystem {
             Attributes { stat, ino: inode.ino, kind: Type::Regular, size: stat.st_size as u64, device: 0 };
         match inode.kind {
             Kind::Directory => attributes.kind = Type::Directory,
-            Kind::Regular => attributes.size = self.regular_size(inode, &stat)?,
+            Kind::Regular => {
+                attributes.size = match inode.told_size() {
+                    Some(told) => told,
+                    None => inode.tell_size(self.regular_size(inode, &stat)?),
+                };
+            }
             Kind::Symlink => {
                 attributes.kind = Type::Symlink;
                 let len = stat.st_size as u64;
                 attributes.size = match link::target_len(&self.volume, len, || self.read_backing_link(inode)) {
                     // A tail that is not ours: readlink fails, the entry itself can be looked at and removed.
                     Err(error @ VolumeError::Damaged(_)) => {
-                        self.failed(inode, error);
+                        self.link_failed(inode, error);
                         link::plain_len(len)
                     }
                     other => other.map_err(|error| self.failed(inode, error))?,
@@ -174,7 +179,16 @@ impl Filesystem {
             return Err(Failed::raw(libc::EINVAL));
         }
         let text = self.read_backing_link(&inode)?;
-        link::open(&self.volume, text).map_err(|error| self.failed(&inode, error))
+        link::open(&self.volume, text).map_err(|error| self.link_failed(&inode, error))
+    }
+
+    /// The tail of a long symlink goes after its last name: whoever reads it just then meets a removal, not damage.
+    fn link_failed(&self, inode: &Arc<Inode>, error: VolumeError) -> Failed {
+        match self.hold(inode).and_then(|held| Ok(storage::stat_fd(held.as_fd())?.st_nlink)) {
+            Ok(0) => Failed::raw(libc::ENOENT),
+            Ok(_) => self.failed(inode, error),
+            Err(failed) => failed,
+        }
     }
 
     /// chmod, chown, truncate, utimens. Rights were checked by the kernel.

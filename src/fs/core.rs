@@ -233,6 +233,11 @@ impl Filesystem {
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
         if guard.is_none() {
             let state = FileState::load(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?;
+            // The kernel would cut another file, put in this one's place meanwhile, to the size that it knows, or fill it up.
+            if let Some(told) = inode.told_size().filter(|told| *told != state.size()) {
+                let damage = if state.size() < told { Damage::Truncated } else { Damage::Extended };
+                return Err(self.failed(inode, VolumeError::Damaged(damage)));
+            }
             *guard = Some(Box::new(state));
         }
         Ok((guard, open))

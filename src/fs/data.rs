@@ -39,6 +39,7 @@ impl Filesystem {
             }
             let was_unsealed = state.unsealed();
             let written = state.write(&self.volume, open.fd.as_fd(), offset, data);
+            inode.set_size(state.size());
             if state.unsealed() {
                 self.changed(&inode, was_unsealed);
             }
@@ -66,6 +67,7 @@ impl Filesystem {
         }
         let was_unsealed = state.unsealed();
         let resized = state.resize(&self.volume, open.fd.as_fd(), size);
+        inode.set_size(state.size());
         if state.unsealed() {
             self.changed(inode, was_unsealed);
         }
@@ -96,6 +98,7 @@ impl Filesystem {
         xattr::remove_all(open.fd.as_fd())?;
         let state = FileState::create(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?;
         *guard = Some(Box::new(state));
+        inode.set_size(0);
         self.changed(inode, false);
         Ok(true)
     }

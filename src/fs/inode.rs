@@ -74,6 +74,9 @@ pub struct Inode {
     pub node: OnceLock<Box<Static>>,
     /// When contents last changed, in seconds of the mount's clock: the sealer leaves busy files alone.
     pub changed: AtomicU64,
+    /// Size of a regular file as the kernel knows it, and one more; 0: it was not told yet. The kernel believes the first
+    /// one it hears and then its own count, so every reply must say the same until we change the file.
+    size: AtomicU64,
     /// References the kernel holds. Changed only under the table's lock.
     lookups: AtomicU64,
     /// Kept in the table although the kernel forgot it: the sealer has work with it.
@@ -93,10 +96,31 @@ impl Inode {
             dir: OnceLock::new(),
             node: OnceLock::new(),
             changed: AtomicU64::new(0),
+            size: AtomicU64::new(0),
             lookups: AtomicU64::new(0),
             retained: AtomicBool::new(false),
             removed: AtomicBool::new(false),
         }
+    }
+}
+
+impl Inode {
+    /// The size that the kernel knows.
+    pub fn told_size(&self) -> Option<u64> {
+        self.size.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// What to tell the kernel: this size, unless it was told one already.
+    pub fn tell_size(&self, size: u64) -> u64 {
+        match self.size.compare_exchange(0, size + 1, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => size,
+            Err(told) => told - 1,
+        }
+    }
+
+    /// We made this its size. The caller holds the content lock.
+    pub fn set_size(&self, size: u64) {
+        self.size.store(size + 1, Ordering::Relaxed);
     }
 }
 
@@ -131,16 +155,19 @@ impl InodeTable {
         lock(self.shard(ino)).get(&ino).cloned()
     }
 
-    /// The inode found at `parent`/`name`, made if new, with one more reference of the kernel's.
-    pub fn enter(&self, ino: u64, kind: Kind, parent: &Arc<Inode>, name: &str) -> Arc<Inode> {
+    /// The inode found at `parent`/`name`, made if new, with one more reference of the kernel's. `None`: the kernel still
+    /// knows another kind of object by that number. That cannot come from us (a number is not reused while we hold its
+    /// object), and requests about the one must never be answered with the other.
+    pub fn enter(&self, ino: u64, kind: Kind, parent: &Arc<Inode>, name: &str) -> Option<Arc<Inode>> {
         let inode = {
             let mut shard = lock(self.shard(ino));
             let inode = shard.entry(ino).or_insert_with(|| {
                 Arc::new(Inode::new(ino, kind, Link::At { parent: parent.clone(), name: name.into() }))
             });
             if inode.kind != kind {
-                // Cannot come from us (a number is not reused while we hold its object); somebody swapped the object
-                // behind our back. Whatever it is now starts afresh.
+                if inode.lookups.load(Ordering::Relaxed) > 0 {
+                    return None;
+                }
                 *inode = Arc::new(Inode::new(ino, kind, Link::At { parent: parent.clone(), name: name.into() }));
             }
             inode.lookups.fetch_add(1, Ordering::Relaxed);
@@ -153,7 +180,7 @@ impl InodeTable {
             inode.removed.store(false, Ordering::Relaxed);
         }
         drop(link);
-        inode
+        Some(inode)
     }
 
     /// The kernel gave back `count` references.

@@ -19,7 +19,7 @@ use crate::volume::header::ObjectType;
 use crate::volume::link::{self, SealedLink};
 use crate::volume::names::{self, CipherName};
 use crate::volume::storage::{self, Errno, RenameFlags, Stat};
-use crate::volume::{VolumeError, node};
+use crate::volume::{Damage, VolumeError, node};
 
 /// One entry for readdir.
 pub struct Entry {
@@ -72,7 +72,9 @@ impl Filesystem {
         if kind == Kind::Node && self.node_type(self.open(parent)?.fd.as_fd(), name).is_none() {
             kind = Kind::Regular;
         }
-        let inode = self.inodes.enter(node_id(stat.st_ino), kind, parent, name);
+        let Some(inode) = self.inodes.enter(node_id(stat.st_ino), kind, parent, name) else {
+            return Err(self.failed(parent, VolumeError::Damaged(Damage::Planted)));
+        };
         self.attributes(&inode, stat).inspect_err(|_| self.inodes.forget(inode.ino, 1))
     }
 
@@ -180,14 +182,18 @@ impl Filesystem {
             .hand_over(caller, dir, fd.as_fd(), special)
             .map_err(VolumeError::from)
             .and_then(|()| FileState::create(&self.volume, fd.as_fd()))
-            .and_then(|state| Ok((state, storage::stat_fd(fd.as_fd())?)));
-        let (state, stat) = finished.map_err(|error| {
+            .and_then(|state| Ok((state, self.check_new(storage::stat_fd(fd.as_fd())?)?)))
+            .and_then(|(state, stat)| {
+                let inode = self.inodes.enter(node_id(stat.st_ino), Kind::Regular, &parent, cipher.as_str());
+                Ok((state, stat, inode.ok_or(Errno::IO)?))
+            });
+        let (state, stat, inode) = finished.map_err(|error| {
             let _ = storage::unlink(dir, cipher.as_str());
             dir::unplace(dir, &cipher);
             Failed::from(error)
         })?;
-        let inode = self.inodes.enter(node_id(stat.st_ino), Kind::Regular, &parent, cipher.as_str());
         *inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Box::new(state));
+        inode.set_size(0);
         *lock(&inode.open) = Some(Open { fd: Arc::new(fd), writable: true });
         self.fds.opened(&inode);
         self.changed(&inode, false);
@@ -236,7 +242,9 @@ impl Filesystem {
         temporary: &str,
         name: &CipherName,
     ) -> Outcome<Attributes> {
-        let placed = dir::place(dir, name, || rename_new(dir, temporary, dir, name.as_str()));
+        let placed = storage::stat(dir, temporary)
+            .and_then(|stat| self.check_new(stat))
+            .and_then(|_| dir::place(dir, name, || rename_new(dir, temporary, dir, name.as_str())));
         if let Err(errno) = placed {
             if storage::unlink(dir, temporary).is_err() {
                 dir::discard(dir, temporary);
@@ -288,8 +296,10 @@ impl Filesystem {
         }
         let sealed = SealedLink::new(&self.volume, target)?;
         dir::place(dir, &cipher, || sealed.create(self.volume.root().as_fd(), dir, cipher.as_str()))?;
-        let owned =
-            storage::open_path(dir, cipher.as_str()).and_then(|held| self.hand_over(caller, dir, held.as_fd(), None));
+        let owned = storage::stat(dir, cipher.as_str())
+            .and_then(|stat| self.check_new(stat))
+            .and_then(|_| storage::open_path(dir, cipher.as_str()))
+            .and_then(|held| self.hand_over(caller, dir, held.as_fd(), None));
         if let Err(errno) = owned {
             let _ = storage::unlink(dir, cipher.as_str());
             dir::unplace(dir, &cipher);
@@ -330,6 +340,19 @@ impl Filesystem {
     /// The inode of an entry, if the kernel knows it: the one that a removal concerns.
     fn known(&self, stat: &Stat) -> Option<Arc<Inode>> {
         self.inodes.get(node_id(stat.st_ino))
+    }
+
+    /// The stat of an object that we have just made, if its number is new, too. The kernel would take it for the old one that
+    /// it knows by that number, with what it has cached of that; and the old one was removed behind our back, since we would
+    /// hold it.
+    fn check_new(&self, stat: Stat) -> Result<Stat, Errno> {
+        match self.known(&stat) {
+            None => Ok(stat),
+            Some(old) => {
+                self.volume.report(Damage::Planted, None, old.ino, None);
+                Err(Errno::IO)
+            }
+        }
     }
 
     /// Before an entry goes: its inode is held by a descriptor instead of by this name.

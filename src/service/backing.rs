@@ -5,13 +5,13 @@ use std::io::{self, Read as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation};
 use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Error;
 use crate::volume::format::{DIR_HEADER, HEADER, LONG_NAME_PREFIX, LONG_PREFIX, NODE_RECORD, OWN_PREFIX, plain_size};
-use crate::volume::meta;
+use crate::volume::{meta, storage};
 
 /// Canonical path of an existing directory.
 ///

@@ -192,13 +192,18 @@ impl Place {
 pub fn read_backing(backing: impl AsFd) -> Option<Journal> {
     match backing::read_small(backing, ERASE_FILE, MAX_JOURNAL) {
         Ok(bytes) => serde_json::from_slice(&bytes?)
-            .inspect_err(|error| tracing::warn!(%error, "{ERASE_FILE} is there, but cannot be read"))
+            .inspect_err(|error| unreadable(error))
             .ok(),
         Err(error) => {
-            tracing::warn!(%error, "{ERASE_FILE} is there, but cannot be read");
+            unreadable(&error);
             None
         }
     }
+}
+
+/// The error may quote the file: made safe to print.
+fn unreadable(error: &dyn std::error::Error) {
+    tracing::warn!(error = ?error.to_string(), "{ERASE_FILE} is there, but cannot be read");
 }
 
 #[cfg(test)]

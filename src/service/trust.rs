@@ -304,8 +304,9 @@ pub fn verify(found: &Found, body: &Body) -> Result<Vec<Usable>, TrustError> {
         return differs(format!("the commitment of KEK version {} is another one", scope.current));
     }
     let mut usable = Vec::new();
-    for slot in &record.slots {
-        if let Some(known) = known.slots.iter().find(|known| known.identity == slot.identity) {
+    // One slot for each pinned key: the file is not authentic yet, and each slot of it costs a request.
+    for known in &known.slots {
+        if let Some(slot) = record.slots.iter().find(|slot| slot.identity == known.identity) {
             usable.push(Usable {
                 scope: scope.id,
                 version: scope.current,

@@ -164,7 +164,8 @@ impl FileState {
         stored: &[u8],
         plain: &mut [u8],
     ) -> Result<(), ReadError> {
-        let above_floor = index * BLOCK >= self.mutable.floor;
+        // Only a crash leaves blocks unwritten: what this mount wrote is all there, whatever the header promises so far.
+        let above_floor = self.recovered && index * BLOCK >= self.mutable.floor;
         let complete = stored.len() == plain.len() + BLOCK_OVERHEAD as usize;
         // A genuine nonce of zeros has a chance of 2^-96; so the common block is not scanned.
         let nonce_is_zero = stored.iter().take(NONCE_LEN).all(|byte| *byte == 0);

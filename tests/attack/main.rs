@@ -5,7 +5,7 @@
 mod erase;
 mod kms_trouble;
 mod store;
-mod tamper;
-mod trust;
 #[path = "../support/mod.rs"]
 mod support;
+mod tamper;
+mod trust;

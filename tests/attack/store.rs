@@ -58,9 +58,8 @@ impl Keys {
     pub(crate) fn seal_name(&self, dir: &Path, name: &[u8]) -> Vec<u8> {
         let keys = self.dir(dir);
         let aad = [b"lethefs/1/name".as_slice(), &keys.id().0].concat();
-        let seal = |keys: &lethefs::keyring::ObjectKeys<'_>| {
-            keys.cipher(DekLabel::Name).seal(&[0; NONCE_LEN], &aad, name)
-        };
+        let seal =
+            |keys: &lethefs::keyring::ObjectKeys<'_>| keys.cipher(DekLabel::Name).seal(&[0; NONCE_LEN], &aad, name);
         self.ring.with_keys(keys.dek(), seal).unwrap()
     }
 }
@@ -113,8 +112,17 @@ pub(crate) fn tree(volume: &TestVolume) -> BTreeMap<PathBuf, (u32, u32, i64, i64
 /// Runs, and makes sure that it ends so, says so on one line, changes nothing on disk and leaves no mount.
 #[track_caller]
 pub(crate) fn refuses(volume: &TestVolume, args: &[&str], code: i32, part: &str) {
+    refuses_unseen(volume, args, code, part, &[]);
+}
+
+/// The same, without opening any of these files.
+#[track_caller]
+pub(crate) fn refuses_unseen(volume: &TestVolume, args: &[&str], code: i32, part: &str, unopened: &[&Path]) {
     let before = tree(volume);
+    let watch = Watch::new();
+    unopened.iter().for_each(|path| watch.add(path));
     volume.cli(args).is(code).says(part);
+    assert!(!watch.opened(), "{args:?} opened what it must not");
     assert!(before == tree(volume), "{args:?} changed something on disk");
     assert!(mounts_below(&volume.path("")).is_empty(), "{args:?} left a mount");
 }
@@ -147,7 +155,10 @@ impl Watch {
     /// Whether any was opened since.
     pub(crate) fn opened(&self) -> bool {
         let mut buffer = [MaybeUninit::uninit(); 4096];
-        inotify::Reader::new(&self.0, &mut buffer).next().is_ok()
+        let mut events = inotify::Reader::new(&self.0, &mut buffer);
+        // Whatever else is told, such as that one was removed, is no opening.
+        std::iter::from_fn(|| events.next().ok().map(|event| event.events().contains(inotify::ReadFlags::OPEN)))
+            .any(|opened| opened)
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::Read as _;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, symlink};
-use std::path::Path;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use lethefs::volume::format::{self, DIR_HEADER, LONG_NAME_PREFIX, LONG_PREFIX, OVERFLOW_DIR};
 use rustix::fs::{Advice, CWD, FileType, Mode, XattrFlags};
@@ -66,7 +67,7 @@ fn copy(range: std::ops::Range<usize>, from: impl Fn(&Spoils) -> &Vec<u8> + 'sta
 fn cases(size: usize) -> Vec<Case> {
     let len = format::backing_len(size as u64) as usize;
     let blocks = size.div_ceil(4096);
-    let block = |n: usize| HEADER + n * SEALED..len.min(HEADER + (n + 1) * SEALED);
+    let block = move |n: usize| HEADER + n * SEALED..len.min(HEADER + (n + 1) * SEALED);
     let mut cases = Vec::new();
     let mut add = |name: String, expect, alter| {
         let name = format!("{NAME}-{size}-{name}");
@@ -302,6 +303,69 @@ fn alterations_under_a_live_mount() {
     assert_discreet(&volume);
 }
 
+/// Between stat and the first read another genuine file comes in a file's place, of another size than the kernel was told:
+/// neither cut to that size nor filled up with zeros.
+#[test]
+fn a_swap_between_stat_and_read() {
+    let volume = TestVolume::mounted(&[]);
+    let sizes = [(100, 5000), (100, 12293), (5000, 100), (5000, 12293), (12293, 100), (12293, 5000)];
+    let named = |how| sizes.map(|(a, b)| (format!("{how} {a} {b}"), a, b));
+    let pairs = ["in place", "by name"].map(named).concat();
+    for (name, a, b) in &pairs {
+        fs::write(volume.at(name), content(*a, name)).unwrap();
+        fs::write(volume.at(format!("other {name}")), content(*b, "other")).unwrap();
+    }
+    volume.remount(&[]);
+    let keys = Keys::of(&volume);
+    for (name, a, _) in &pairs {
+        assert_eq!(fs::metadata(volume.at(name)).unwrap().len(), *a as u64);
+        let (here, other) = (keys.find(name), keys.find(&format!("other {name}")));
+        if name.starts_with("in place") {
+            fs::write(here, fs::read(other).unwrap()).unwrap();
+        } else {
+            rustix::fs::renameat_with(CWD, here, CWD, other, rustix::fs::RenameFlags::EXCHANGE).unwrap();
+        }
+    }
+    for (name, ..) in &pairs {
+        assert_eq!(errno(fs::read(volume.at(name))), EIO, "{name}");
+    }
+    // Looked up anew they are what they are: whole files, put in another's place (docs/FORMAT.md section 12).
+    volume.remount(&[]);
+    for (name, _, b) in &pairs {
+        assert_eq!(fs::read(volume.at(name)).unwrap(), content(*b, "other"), "{name}");
+    }
+}
+
+/// A file that this mount has just written is not one that a crash left: whatever the header on disk promises so far, it has
+/// no holes, and none of it is missing.
+#[test]
+fn what_was_just_written_cannot_be_zeroed_or_cut() {
+    let volume = TestVolume::mounted(&[]);
+    let keys = Keys::of(&volume);
+    for syncs in [1, 2] {
+        for alteration in ["zero", "cut", "punch"] {
+            let name = format!("{syncs} {alteration}");
+            let mut file = File::create_new(volume.at(&name)).unwrap();
+            file.write_all(&content(12293, &name)).unwrap();
+            // The first makes it durable, the second makes the header say so.
+            (0..syncs).for_each(|_| file.sync_all().unwrap());
+            rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+            let backing = File::options().write(true).open(keys.find(&name)).unwrap();
+            let second = (HEADER + SEALED) as u64;
+            match alteration {
+                "zero" => backing.write_all_at(&[0; SEALED], second).unwrap(),
+                "cut" => backing.set_len(second).unwrap(),
+                _ => {
+                    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                    rustix::fs::fallocate(&backing, flags, second, SEALED as u64).unwrap();
+                }
+            }
+            let read = File::open(volume.at(&name)).unwrap().read_at(&mut [0; 4096], 4096);
+            assert_eq!(errno(read), EIO, "{name}");
+        }
+    }
+}
+
 fn listed(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -310,7 +374,7 @@ fn listed(dir: &Path) -> Vec<String> {
 }
 
 /// Plants an object of each kind at the paths that `path` makes of its name.
-fn plant(path: impl Fn(&str) -> std::path::PathBuf) {
+fn plant(path: impl Fn(&str) -> PathBuf) {
     let node = |name: &str, kind, device| {
         rustix::fs::mknodat(CWD, path(name), kind, Mode::from_raw_mode(0o666), device).unwrap();
     };
@@ -332,7 +396,18 @@ fn plant(path: impl Fn(&str) -> std::path::PathBuf) {
 }
 
 const PLANTED: [&str; 13] = [
-    "fifo", "socket", "char", "block", "link", "long-link", "file0", "file10", "file128", "file600", "dir", "dir-link",
+    "fifo",
+    "socket",
+    "char",
+    "block",
+    "link",
+    "long-link",
+    "file0",
+    "file10",
+    "file128",
+    "file600",
+    "dir",
+    "dir-link",
     "dir-fifo",
 ];
 
@@ -644,7 +719,8 @@ fn symlinks_that_were_altered() {
     let volume = TestVolume::mounted(&[]);
     let target = |name: &str| format!("/{name}/").repeat(4095 / (name.len() + 2));
     let short = ["flip head", "flip nonce", "flip text", "cut", "more", "of file", "dotted", "empty piece"];
-    let long = ["no tail", "no piece", "pieces swapped", "tails swapped", "other tail", "flipped", "endless", "genuine"];
+    let long =
+        ["no tail", "no piece", "pieces swapped", "tails swapped", "other tail", "flipped", "endless", "genuine"];
     for name in short {
         symlink(NAME, volume.at(name)).unwrap();
     }
@@ -724,8 +800,11 @@ fn attributes_that_were_altered() {
     let list = |path: &Path| {
         let mut names = vec![0; 5000];
         let len = rustix::fs::listxattr(path, names.as_mut_slice()).unwrap();
-        let mut names: Vec<String> =
-            names[..len].split(|b| *b == 0).filter(|n| !n.is_empty()).map(|n| String::from_utf8_lossy(n).into()).collect();
+        let mut names: Vec<String> = names[..len]
+            .split(|b| *b == 0)
+            .filter(|n| !n.is_empty())
+            .map(|n| String::from_utf8_lossy(n).into())
+            .collect();
         names.sort();
         names
     };
@@ -744,7 +823,8 @@ fn attributes_that_were_altered() {
     volume.umount();
     let keys = Keys::of(&volume);
     // Backing names, the one of user.a first: the values tell by length nothing, so both are tried.
-    let put = |path: &Path, name: &str, value: &[u8]| rustix::fs::setxattr(path, name, value, XattrFlags::empty()).unwrap();
+    let put =
+        |path: &Path, name: &str, value: &[u8]| rustix::fs::setxattr(path, name, value, XattrFlags::empty()).unwrap();
     for name in ["flip", "dir"] {
         for attribute in list(&keys.find(name)) {
             let mut value = get(&keys.find(name), &attribute).unwrap();
@@ -813,9 +893,8 @@ fn absurd_sizes_and_times() {
     }
     volume.mount(&[]);
     assert!(fs::symlink_metadata(volume.at("huge")).unwrap().len() > 1 << (largest - 1));
-    assert_eq!(errno(fs::read(volume.at("huge"))), EIO);
     let huge = File::open(volume.at("huge")).unwrap();
-    for at in [4096, 1 << 30, (1 << (largest - 1)) - 5] {
+    for at in [0, 4096, 1 << 30, (1 << (largest - 1)) - 5] {
         assert_eq!(errno(huge.read_at(&mut [0; 4096], at)), EIO);
     }
     for name in ["old", "future"] {
@@ -824,4 +903,109 @@ fn absurd_sizes_and_times() {
     }
     renew(&volume.at("huge"), b"new", false, "huge");
     assert!(volume.cli(&["erase", "backing", "--plan"]).code == Some(0));
+}
+
+/// Small and the same in every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % sides
+    }
+}
+
+/// One thing that an attacker does to entries of the backing tree. What is not there any more he cannot do it to.
+fn attack(dice: &mut Dice, entries: &[PathBuf], originals: &[Vec<u8>], dirs: &[PathBuf]) {
+    let (a, b) = (dice.roll(entries.len()), dice.roll(entries.len()));
+    let entry = &entries[a];
+    let writable = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(entry);
+    let replace = |make: &dyn Fn() -> std::io::Result<()>| {
+        let _ = fs::remove_file(entry).or_else(|_| fs::remove_dir(entry));
+        let _ = make();
+    };
+    let exchange = |a: &Path, b: &Path| {
+        let _ = rustix::fs::renameat_with(CWD, a, CWD, b, rustix::fs::RenameFlags::EXCHANGE);
+    };
+    let node = |kind, device| Ok(rustix::fs::mknodat(CWD, entry, kind, Mode::from_raw_mode(0o600), device)?);
+    match dice.roll(12) {
+        0 | 1 => exchange(entry, &entries[b]),
+        2 => {
+            if let Ok(file) = writable() {
+                let at = dice.roll(originals[a].len()) as u64;
+                let _ = file.write_all_at(&[dice.roll(256) as u8], at);
+            }
+        }
+        3 => drop(writable().and_then(|file| file.set_len(dice.roll(20_000) as u64))),
+        4 => drop(writable().and_then(|file| {
+            file.write_all_at(&originals[b], 0)?;
+            file.set_len(originals[b].len() as u64)
+        })),
+        5 => drop(writable().and_then(|file| {
+            let at = HEADER + dice.roll(4) * SEALED;
+            let end = originals[b].len().min(at + SEALED);
+            file.write_all_at(originals[b].get(at..end).unwrap_or_default(), at as u64)
+        })),
+        6 => replace(&|| node(FileType::Fifo, 0)),
+        7 => replace(&|| symlink("/etc/passwd", entry)),
+        8 => replace(&|| fs::create_dir(entry)),
+        9 => exchange(&dirs[0], &dirs[1]),
+        10 => exchange(&dirs[0].join(DIR_HEADER), &dirs[1].join(DIR_HEADER)),
+        _ => replace(&|| fs::write(entry, &originals[a])),
+    }
+}
+
+/// All at once, without pause, while programs look and read: whole contents of some file or an error, and no end of the daemon.
+#[test]
+fn an_attacker_at_work_while_programs_read() {
+    let volume = TestVolume::mounted(&[]);
+    let names: Vec<String> =
+        ["d", "e"].iter().flat_map(|dir| SIZES.iter().map(move |size| format!("{dir}/{NAME}-{size}"))).collect();
+    let contents: Vec<Vec<u8>> = names.iter().zip(SIZES.iter().cycle()).map(|(name, size)| content(*size, name)).collect();
+    for dir in ["d", "e"] {
+        fs::create_dir(volume.at(dir)).unwrap();
+    }
+    for (name, content) in names.iter().zip(&contents) {
+        fs::write(volume.at(name), content).unwrap();
+    }
+    volume.umount();
+    let keys = Keys::of(&volume);
+    let entries: Vec<PathBuf> = names.iter().map(|name| keys.find(name)).collect();
+    let originals: Vec<Vec<u8>> = entries.iter().map(|path| fs::read(path).unwrap()).collect();
+    let dirs = [keys.find("d"), keys.find("e")];
+
+    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    for round in 0..6 {
+        volume.mount(&[]);
+        let done = AtomicBool::new(false);
+        let read = |salt: u64| {
+            let mut dice = Dice(0xd1b5_4a32 + salt);
+            while !done.load(Ordering::Relaxed) {
+                let path = volume.at(&names[dice.roll(names.len())]);
+                let _ = fs::symlink_metadata(&path);
+                let _ = fs::read_dir(volume.at(["d", "e"][dice.roll(2)])).map(Iterator::count);
+                let _ = fs::read_link(&path);
+                let Ok(mut file) = File::open(&path) else { continue };
+                let mut bytes = Vec::new();
+                if file.read_to_end(&mut bytes).is_ok() {
+                    assert!(contents.contains(&bytes), "{}: {} wrong bytes", path.display(), bytes.len());
+                }
+                let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| read(round));
+            scope.spawn(|| read(round + 100));
+            for _ in 0..1500 {
+                attack(&mut dice, &entries, &originals, &dirs);
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        // Still there, and ends as it should.
+        counter(&volume, "integrity_failures");
+        volume.umount();
+    }
+    assert_discreet(&volume);
 }

@@ -1,9 +1,15 @@
 //! The real binary, mounted: what programs see, who may do what, what stays. Needs root, `/dev/fuse` and `fuse3`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod differential;
+mod parallel;
+mod persistence;
 mod posix;
+mod programs;
+mod reader;
 #[path = "../support/mod.rs"]
 mod support;
+mod users;
 
 use std::ffi::OsStr;
 use std::io;

@@ -169,6 +169,12 @@ impl TestVolume {
         (state.program, state.user) = (program, Some(uid));
     }
 
+    /// Everything is done as root again, who takes the key file as well.
+    pub(crate) fn become_root(&self) {
+        self.state().user = None;
+        std::os::unix::fs::chown(self.path("keys/key"), Some(0), Some(0)).unwrap();
+    }
+
     /// Sets a variable for every later run.
     pub(crate) fn env(&self, name: &str, value: impl Into<OsString>) {
         let mut state = self.state();
@@ -245,7 +251,13 @@ impl TestVolume {
     /// Mounts, or not.
     #[track_caller]
     pub(crate) fn try_mount(&self, args: &[&str]) -> Output {
-        let run = self.cli(&[&["mount", "backing", "mnt", "--json"], args].concat());
+        self.try_mount_by(&mut self.lethefs(&[&["mount", "backing", "mnt", "--json"], args].concat()))
+    }
+
+    /// The same, by any command that ends up as `lethefs mount … --json`.
+    #[track_caller]
+    pub(crate) fn try_mount_by(&self, command: &mut Command) -> Output {
+        let run = Output::of(command);
         if run.code == Some(0) {
             let pid = run.json()["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).unwrap();
             self.state().daemons.push(pid);
