@@ -94,11 +94,6 @@ impl Dek {
         self.object
     }
 
-    /// The KEK version that wraps it.
-    pub fn version(&self) -> u32 {
-        self.version
-    }
-
     /// The authenticated part of the header, as it was given.
     pub fn aad(&self) -> &[u8; DEK_AAD_LEN] {
         &self.aad
@@ -219,11 +214,6 @@ impl Keyring {
     /// Refuses objects wrapped under lower KEK versions from now on.
     pub fn set_lowest_version(&self, version: u32) {
         write(&self.keks).lowest = version;
-    }
-
-    /// Scope and version that wrap new DEKs.
-    pub fn current(&self) -> (u32, u32) {
-        read(&self.keks).current
     }
 
     /// A new object's DEK, wrapped under the current KEK. `aad` builds the authenticated part of its header from scope

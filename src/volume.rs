@@ -54,9 +54,6 @@ pub enum VolumeError {
     /// An object on another filesystem than the backing root.
     #[error("the backing tree crosses into another filesystem")]
     CrossesDevices,
-    /// A write to a volume opened read-only.
-    #[error("read-only")]
-    ReadOnly,
 }
 
 /// What is wrong on disk, in one word for events and counters.
@@ -121,8 +118,7 @@ impl Volume {
         Ok(storage::sync_fd(backing.as_fd())?)
     }
 
-    /// Opens an authenticated volume: checks the root's header against `body.root_id`, and removes the leftovers of
-    /// interrupted operations in the root unless `read_only`.
+    /// Opens an authenticated volume: checks the root's header against `body.root_id`.
     ///
     /// # Errors
     /// [`Damage::Root`], the ring's, or the backing filesystem's.

@@ -76,8 +76,7 @@ pub fn code(error: &Error) -> ExitCode {
             | VolumeError::NameTooLong
             | VolumeError::InvalidName
             | VolumeError::AttributeTooLarge
-            | VolumeError::TooLarge
-            | VolumeError::ReadOnly => ExitCode::Failed,
+            | VolumeError::TooLarge => ExitCode::Failed,
         },
         Error::Keyring(_) | Error::Io { .. } => ExitCode::Failed,
         Error::Destroyed(_) => ExitCode::Destroyed,

@@ -91,6 +91,7 @@ impl Filesystem {
                 let link = lock(&inode.link);
                 match &*link {
                     Link::Root(fd) | Link::Held(fd) => storage::stat_fd(fd.as_fd())?,
+                    Link::Gone => return Err(Failed::raw(libc::ESTALE)),
                     Link::At { parent, name } => storage::stat(self.open(parent)?.fd.as_fd(), &**name)?,
                 }
             }
@@ -218,6 +219,9 @@ impl Filesystem {
             }
         }
         if changes.atime.is_some() || changes.mtime.is_some() {
+            // Whoever writes a header puts the times back that it found: not those from before this.
+            let _alone = (inode.kind == Kind::Regular)
+                .then(|| inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner));
             let times = Timestamps { last_access: timespec(changes.atime), last_modification: timespec(changes.mtime) };
             let open = lock(&inode.open).as_ref().map(|open| open.fd.clone());
             match open {
@@ -368,7 +372,8 @@ fn timespec(time: Option<SetTime>) -> Timespec {
                 let before: Duration = before.duration();
                 let carry = i64::from(before.subsec_nanos() > 0);
                 Timespec {
-                    tv_sec: -(before.as_secs() as i64) - carry,
+                    // 2^63 seconds are its own negative; nothing is before that.
+                    tv_sec: (before.as_secs() as i64).wrapping_neg().saturating_sub(carry),
                     tv_nsec: i64::from((1_000_000_000 - before.subsec_nanos()) % 1_000_000_000),
                 }
             }
@@ -376,7 +381,7 @@ fn timespec(time: Option<SetTime>) -> Timespec {
     }
 }
 
-/// The volume, for callers that only report.
+/// Reports a name in a directory that is not to be believed.
 pub(super) fn report_name(volume: &Volume, dir: &Inode) {
     volume.report(Damage::Name, dir.dir.get().map(|keys| keys.id()), dir.ino, None);
 }

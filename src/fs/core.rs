@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,9 @@ pub type Outcome<T> = Result<T, Failed>;
 
 /// How long a file must be quiet before its header is sealed.
 pub const QUIET: Duration = Duration::from_secs(5);
+/// Levels of directories between the root and an object: far beyond what path names of programs reach, and a bound on
+/// what a tree that somebody tied into a knot in the backing store costs.
+const DEEPEST: usize = 100_000;
 /// More files than this are flushed with one syncfs rather than one by one.
 const SYNCFS_FROM: usize = 8;
 
@@ -60,7 +63,7 @@ pub struct Filesystem {
     unsealed: Mutex<HashMap<u64, Arc<Inode>>>,
     stop: Mutex<bool>,
     stopped: Condvar,
-    purging: AtomicBool,
+    purging: Mutex<bool>,
 }
 
 impl Filesystem {
@@ -81,7 +84,7 @@ impl Filesystem {
             unsealed: Mutex::new(HashMap::new()),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
-            purging: AtomicBool::new(false),
+            purging: Mutex::new(false),
         }
     }
 
@@ -120,6 +123,35 @@ impl Filesystem {
     /// # Errors
     /// The backing filesystem's.
     pub fn open(&self, inode: &Arc<Inode>) -> Outcome<Open> {
+        // Ancestors first, from the top: a recursion would need stack for each level of a tree that a program made deep.
+        let mut chain = Vec::new();
+        let mut at = inode.clone();
+        loop {
+            let up = match &*lock(&at.link) {
+                Link::At { parent, .. } => parent.clone(),
+                Link::Root(_) | Link::Held(_) | Link::Gone => break,
+            };
+            if lock(&up.open).is_some() {
+                break;
+            }
+            if chain.len() >= DEEPEST {
+                return Err(Failed::raw(libc::ELOOP));
+            }
+            chain.push(up.clone());
+            at = up;
+        }
+        // Each keeps the next one's parent open whatever the cache evicts meanwhile.
+        let mut kept = None;
+        for ancestor in chain.into_iter().rev() {
+            kept = Some(self.open_below_open(&ancestor)?);
+        }
+        let opened = self.open_below_open(inode);
+        drop(kept);
+        opened
+    }
+
+    /// [`open`](Self::open) of an inode whose parent has a cached descriptor (or it opens that, too).
+    fn open_below_open(&self, inode: &Arc<Inode>) -> Outcome<Open> {
         if let Link::Root(fd) = &*lock(&inode.link) {
             return Ok(Open { fd: fd.clone(), writable: false });
         }
@@ -140,6 +172,7 @@ impl Filesystem {
         let link = lock(&inode.link);
         let try_open = |write| match &*link {
             Link::Root(fd) => Ok(fd.clone()),
+            Link::Gone => Err(Errno::STALE),
             Link::Held(held) => storage::reopen(held.as_fd(), write).map(Arc::new),
             Link::At { parent, name } => {
                 let dir = self.open(parent).map_err(|failed| Errno::from_raw_os_error(failed.errno()))?;
@@ -150,21 +183,25 @@ impl Filesystem {
                 }
             }
         };
-        if inode.kind != Kind::Regular || self.volume.read_only() {
-            return Ok(Open { fd: try_open(false)?, writable: false });
-        }
-        match try_open(true) {
-            Ok(fd) => Ok(Open { fd, writable: true }),
-            Err(Errno::ROFS | Errno::PERM | Errno::TXTBSY) => Ok(Open { fd: try_open(false)?, writable: false }),
-            // An ordinary user's own file without the permission that the header's upkeep needs. The kernel has checked
-            // the caller's rights against the mode already.
+        let wanted = inode.kind == Kind::Regular && !self.volume.read_only();
+        match try_open(wanted) {
+            Ok(fd) => Ok(Open { fd, writable: wanted }),
+            Err(Errno::ROFS | Errno::PERM | Errno::TXTBSY) if wanted => {
+                Ok(Open { fd: try_open(false)?, writable: false })
+            }
+            // An ordinary user's own object without the permission that our upkeep needs. The kernel has checked the caller's
+            // rights against the mode already.
+            Err(Errno::ACCESS) if inode.kind == Kind::Directory => {
+                // Enough for everything but listing, for which the kernel wants the read permission that is not there.
+                Ok(Open { fd: self.hold_link(&link)?, writable: false })
+            }
             Err(Errno::ACCESS) => {
                 let held = self.hold_link(&link)?;
                 let mode = storage::stat_fd(held.as_fd())?.st_mode;
                 storage::chmod_held(held.as_fd(), mode | 0o600)?;
-                let fd = storage::reopen(held.as_fd(), true);
+                let fd = storage::reopen(held.as_fd(), wanted);
                 storage::chmod_held(held.as_fd(), mode)?;
-                Ok(Open { fd: Arc::new(fd?), writable: true })
+                Ok(Open { fd: Arc::new(fd?), writable: wanted })
             }
             Err(errno) => Err(errno.into()),
         }
@@ -185,6 +222,7 @@ impl Filesystem {
     pub(super) fn hold_link(&self, link: &Link) -> Outcome<Arc<OwnedFd>> {
         match link {
             Link::Root(fd) | Link::Held(fd) => Ok(fd.clone()),
+            Link::Gone => Err(Failed::raw(libc::ESTALE)),
             Link::At { parent, name } => {
                 let dir = self.open(parent)?;
                 Ok(Arc::new(storage::open_path(dir.fd.as_fd(), &**name)?))
@@ -238,7 +276,12 @@ impl Filesystem {
                 let damage = if state.size() < told { Damage::Truncated } else { Damage::Extended };
                 return Err(self.failed(inode, VolumeError::Damaged(damage)));
             }
+            // Left unsealed by an unclean end: sealed again once it is quiet, so that it is vouched for.
+            let unsealed = state.unsealed() && open.writable;
             *guard = Some(Box::new(state));
+            if unsealed {
+                self.changed(inode, false);
+            }
         }
         Ok((guard, open))
     }
@@ -304,6 +347,19 @@ impl Filesystem {
         }
     }
 
+    /// The kernel gave back references. A removed file that it forgot is nothing to seal: its descriptor and its blocks are
+    /// free at once, not when the sealer comes by.
+    pub fn forget(&self, ino: u64, count: u64) {
+        let Some(inode) = self.inodes.forget(ino, count) else { return };
+        if inode.removed.load(Ordering::Relaxed) {
+            let mut unsealed = lock(&self.unsealed);
+            if unsealed.get(&ino).is_some_and(|held| Arc::ptr_eq(held, &inode)) {
+                unsealed.remove(&ino);
+            }
+        }
+        self.inodes.let_go(inode);
+    }
+
     /// Files whose headers await sealing.
     pub fn unsealed(&self) -> usize {
         lock(&self.unsealed).len()
@@ -341,53 +397,73 @@ impl Filesystem {
         let mut ready = Vec::new();
         for inode in batch {
             if inode.removed.load(Ordering::Relaxed) {
-                self.sealed(&inode);
+                self.sealed(inode);
                 continue;
             }
-            let changes =
-                inode.file.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|state| state.changes());
-            match (changes, self.open(&inode)) {
-                (Some(changes), Ok(open)) => ready.push((inode, open, changes)),
-                _ => self.sealed(&inode),
+            let state = inode.file.read().unwrap_or_else(PoisonError::into_inner);
+            let changes = state.as_ref().map(|state| state.changes());
+            drop(state);
+            match changes {
+                Some(changes) => ready.push((inode, changes)),
+                None => self.sealed(inode),
             }
         }
         let by_syncfs = ready.len() >= SYNCFS_FROM;
         if by_syncfs && storage::sync_filesystem(self.volume.root().as_fd()).is_err() {
+            // The kernel reports a lost write once: whoever asks for these files next must hear of it.
+            for (inode, _) in &ready {
+                inode.sync_failed.store(true, Ordering::SeqCst);
+            }
             return ready.len();
         }
         let mut left = 0;
-        for (inode, open, changes) in ready {
-            if !by_syncfs && storage::sync_data(open.fd.as_fd()).is_err() {
+        // One descriptor at a time: the batch may be larger than the process's limit.
+        for (inode, changes) in ready {
+            let ino = inode.ino;
+            if let Err(failed) = self.seal_file(inode, changes, by_syncfs) {
                 left += 1;
-                continue;
-            }
-            let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
-            let Some(state) = guard.as_mut() else { continue };
-            if state.changes() != changes {
-                left += 1;
-            } else if let Err(error) = state.seal(&self.volume, open.fd.as_fd()) {
-                left += 1;
-                tracing::warn!(backing_ino = inode.ino, %error, "a header could not be sealed");
-            } else {
-                drop(guard);
-                self.sealed(&inode);
+                tracing::warn!(backing_ino = ino, errno = failed.errno(), "a header could not be sealed yet");
             }
         }
         left
     }
 
-    fn sealed(&self, inode: &Arc<Inode>) {
+    /// Seals one file if it has not changed since `changes` was read, before the flush.
+    fn seal_file(&self, inode: Arc<Inode>, changes: u64, flushed: bool) -> Outcome<()> {
+        let open = self.open(&inode)?;
+        if !flushed {
+            storage::sync_data(open.fd.as_fd()).inspect_err(|_| inode.sync_failed.store(true, Ordering::SeqCst))?;
+        }
+        let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(state) = guard.as_mut() else { return Ok(()) };
+        if state.changes() != changes {
+            return Err(Failed::raw(libc::EBUSY));
+        }
+        state.seal(&self.volume, open.fd.as_fd())?;
+        drop(guard);
+        self.sealed(inode);
+        Ok(())
+    }
+
+    /// Ends the sealer's interest in an inode, if there is nothing left to seal.
+    fn sealed(&self, inode: Arc<Inode>) {
         // Under the content lock's shared side: a writer adds it again only after we are done.
         let guard = inode.file.read().unwrap_or_else(PoisonError::into_inner);
         if guard.as_ref().is_none_or(|state| !state.unsealed()) || inode.removed.load(Ordering::Relaxed) {
             lock(&self.unsealed).remove(&inode.ino);
-            drop(guard);
-            self.inodes.release(inode);
+            // Before the guard goes: a writer that waits for it would retain the inode anew, and we would undo that.
+            self.inodes.release(&inode);
         }
+        drop(guard);
+        self.inodes.let_go(inode);
     }
 
-    /// One purge at a time. Returns whether this caller may begin.
-    pub fn begin_purge(&self) -> bool {
-        !self.purging.swap(true, Ordering::SeqCst)
+    /// Runs `purge` once in the life of the mount. Whoever comes second waits until it is done.
+    pub fn purge_once(&self, purge: impl FnOnce()) {
+        let mut done = lock(&self.purging);
+        if !*done {
+            purge();
+            *done = true;
+        }
     }
 }

@@ -126,11 +126,13 @@ impl Filesystem {
                     }
                 };
                 let open = self.open(&inode)?;
-                if data_only {
-                    storage::sync_data(open.fd.as_fd())?;
-                } else {
-                    storage::sync_fd(open.fd.as_fd())?;
+                let flush = if data_only { storage::sync_data } else { storage::sync_fd };
+                let flushed = flush(open.fd.as_fd());
+                // The kernel reports a lost write once to each descriptor; the sealer may have been the one to hear of it.
+                if inode.sync_failed.swap(false, Ordering::SeqCst) {
+                    return Err(Failed::raw(libc::EIO));
                 }
+                flushed?;
                 if let Some(mark) = mark
                     && let Some(state) = self.file_mut(&inode)?.0.as_mut()
                 {

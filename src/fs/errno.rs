@@ -38,7 +38,6 @@ impl From<VolumeError> for Failed {
             VolumeError::AttributeTooLarge => libc::ERANGE,
             VolumeError::TooLarge => libc::EFBIG,
             VolumeError::CrossesDevices => libc::EXDEV,
-            VolumeError::ReadOnly => libc::EROFS,
         })
     }
 }

@@ -45,6 +45,8 @@ pub enum Link {
     },
     /// No name is known; this descriptor holds it.
     Held(Arc<OwnedFd>),
+    /// Only while the inode is dropped.
+    Gone,
 }
 
 /// An open descriptor and whether it can write.
@@ -81,6 +83,8 @@ pub struct Inode {
     lookups: AtomicU64,
     /// Kept in the table although the kernel forgot it: the sealer has work with it.
     retained: AtomicBool,
+    /// A flush failed that was not a program's: the next fsync has to say so.
+    pub sync_failed: AtomicBool,
     /// No name is left: nothing to seal, nothing to keep.
     pub removed: AtomicBool,
 }
@@ -99,12 +103,34 @@ impl Inode {
             size: AtomicU64::new(0),
             lookups: AtomicU64::new(0),
             retained: AtomicBool::new(false),
+            sync_failed: AtomicBool::new(false),
             removed: AtomicBool::new(false),
         }
     }
 }
 
 impl Inode {
+    /// Whether nobody needs it in the table: not the kernel, not the sealer, and for a directory no inode below it, all
+    /// references but `own` being theirs. The caller holds the table's lock.
+    fn idle(self: &Arc<Self>, own: usize) -> bool {
+        if self.ino == ROOT || self.lookups.load(Ordering::Relaxed) > 0 {
+            return false;
+        }
+        if self.removed.load(Ordering::Relaxed) {
+            return true;
+        }
+        let needed_below = self.kind == Kind::Directory && Arc::strong_count(self) > own;
+        !needed_below && !self.retained.load(Ordering::Relaxed)
+    }
+
+    /// The directory that it is known to be in.
+    fn parent(&self) -> Option<Arc<Self>> {
+        match &*lock(&self.link) {
+            Link::At { parent, .. } => Some(parent.clone()),
+            Link::Root(_) | Link::Held(_) | Link::Gone => None,
+        }
+    }
+
     /// The size that the kernel knows.
     pub fn told_size(&self) -> Option<u64> {
         self.size.load(Ordering::Relaxed).checked_sub(1)
@@ -121,6 +147,23 @@ impl Inode {
     /// We made this its size. The caller holds the content lock.
     pub fn set_size(&self, size: u64) {
         self.size.store(size + 1, Ordering::Relaxed);
+    }
+}
+
+/// Lets go of the chain of parents link by link: dropped one within the other, a deep tree would overflow the stack.
+impl Drop for Inode {
+    fn drop(&mut self) {
+        fn take(inode: &mut Inode) -> Option<Arc<Inode>> {
+            let link = inode.link.get_mut().unwrap_or_else(PoisonError::into_inner);
+            match std::mem::replace(link, Link::Gone) {
+                Link::At { parent, .. } => Some(parent),
+                Link::Root(_) | Link::Held(_) | Link::Gone => None,
+            }
+        }
+        let mut next = take(self);
+        while let Some(mut parent) = next.and_then(Arc::into_inner) {
+            next = take(&mut parent);
+        }
     }
 }
 
@@ -173,31 +216,52 @@ impl InodeTable {
             inode.lookups.fetch_add(1, Ordering::Relaxed);
             inode.clone()
         };
-        // An object that was only held has a name again.
+        // Where it was found just now is where it is: an object that was only held has a name again, and one that somebody
+        // moved behind our back is not looked for in its old place.
         let mut link = lock(&inode.link);
-        if matches!(*link, Link::Held(_)) {
-            *link = Link::At { parent: parent.clone(), name: name.into() };
+        let old = match &*link {
+            Link::At { parent: p, name: n } if Arc::ptr_eq(p, parent) && **n == *name => None,
+            Link::Root(_) => None,
+            Link::At { .. } | Link::Held(_) | Link::Gone => {
+                Some(std::mem::replace(&mut *link, Link::At { parent: parent.clone(), name: name.into() }))
+            }
+        };
+        drop(link);
+        if matches!(old, Some(Link::Held(_))) {
             inode.removed.store(false, Ordering::Relaxed);
         }
-        drop(link);
         Some(inode)
     }
 
     /// The kernel gave back `count` references.
-    pub fn forget(&self, ino: u64, count: u64) {
+    ///
+    /// Returns the inode if it left the table, for [`let_go`](Self::let_go). A directory stays while an inode below it does:
+    /// were it found anew meanwhile, there would be two of it, and a rename would reach only one.
+    pub fn forget(&self, ino: u64, count: u64) -> Option<Arc<Inode>> {
         if ino == ROOT {
-            return;
+            return None;
         }
-        let dropped = {
-            let mut shard = lock(self.shard(ino));
-            let Some(inode) = shard.get(&ino) else { return };
-            let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
-            inode.lookups.store(left, Ordering::Relaxed);
-            let keep = left > 0 || (inode.retained.load(Ordering::Relaxed) && !inode.removed.load(Ordering::Relaxed));
-            if keep { None } else { shard.remove(&ino) }
-        };
-        // Outside the lock: the last reference to a parent may go with it, and so on upwards.
-        drop(dropped);
+        let mut shard = lock(self.shard(ino));
+        let inode = shard.get(&ino)?;
+        let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
+        inode.lookups.store(left, Ordering::Relaxed);
+        if inode.idle(1) { shard.remove(&ino) } else { None }
+    }
+
+    /// Drops an inode that left the table or a list, and takes directories above it out of the table that only it kept there.
+    /// The caller holds no lock.
+    pub fn let_go(&self, inode: Arc<Inode>) {
+        let mut next = inode.parent();
+        drop(inode);
+        while let Some(directory) = next {
+            let left = {
+                let mut shard = lock(self.shard(directory.ino));
+                let ours = shard.get(&directory.ino).is_some_and(|held| Arc::ptr_eq(held, &directory));
+                // The table's reference and this one.
+                if ours && directory.idle(2) { shard.remove(&directory.ino) } else { None }
+            };
+            next = left.and_then(|gone| gone.parent());
+        }
     }
 
     /// Keeps an inode in the table even if the kernel forgets it, until [`release`](Self::release).
@@ -209,6 +273,7 @@ impl InodeTable {
     pub fn release(&self, inode: &Arc<Inode>) {
         let mut shard = lock(self.shard(inode.ino));
         inode.retained.store(false, Ordering::Relaxed);
+        // Regular files only: they are what the sealer works with.
         if inode.lookups.load(Ordering::Relaxed) == 0
             && shard.get(&inode.ino).is_some_and(|held| Arc::ptr_eq(held, inode))
         {
@@ -255,9 +320,10 @@ impl FdCache {
             }
         }
         for old in evicted {
-            // Busy: it will come round again with its next opening.
-            if let Ok(mut slot) = old.open.try_lock() {
-                *slot = None;
+            match old.open.try_lock() {
+                Ok(mut slot) => *slot = None,
+                // Busy: it stays counted.
+                Err(_) => lock(&self.open).push_back(Arc::downgrade(&old)),
             }
         }
     }

@@ -29,7 +29,7 @@ pub struct Entry {
     pub ino: u64,
     /// Position after it.
     pub next: u64,
-    /// Type, if the backing stat tells; `None` for one that cannot be shown.
+    /// Type.
     pub kind: Type,
     /// Everything, with one reference of the kernel's, for readdirplus.
     pub found: Option<Attributes>,
@@ -69,18 +69,14 @@ impl Filesystem {
     fn enter(&self, parent: &Arc<Inode>, name: &str, stat: Stat) -> Outcome<Attributes> {
         let mut kind = self.kind(&stat).map_err(|error| self.failed(parent, error))?;
         // What has the length of a record but is none is a file that was cut off: unreadable, and there to be removed.
-        if kind == Kind::Node && self.node_type(self.open(parent)?.fd.as_fd(), name).is_none() {
+        // (One that may not be read is looked at again, with the right lent, when it is asked about.)
+        if kind == Kind::Node && matches!(self.node_type(self.open(parent)?.fd.as_fd(), name), Ok(None)) {
             kind = Kind::Regular;
         }
         let Some(inode) = self.inodes.enter(node_id(stat.st_ino), kind, parent, name) else {
             return Err(self.failed(parent, VolumeError::Damaged(Damage::Planted)));
         };
-        self.attributes(&inode, stat).inspect_err(|_| self.inodes.forget(inode.ino, 1))
-    }
-
-    /// The kernel gave back references.
-    pub fn forget(&self, ino: u64, count: u64) {
-        self.inodes.forget(ino, count);
+        self.attributes(&inode, stat).inspect_err(|_| self.forget(inode.ino, 1))
     }
 
     /// Calls `each` for the entries from position `from` on, until it says `false`. With `plus`, entries (but `.` and `..`)
@@ -94,7 +90,8 @@ impl Filesystem {
         let open = self.open(&inode)?;
         let fd = open.fd.as_fd();
         let _alone = lock(&READERS[(ino % READERS.len() as u64) as usize]);
-        let mut sealed = None;
+        let mut failed = None;
+        let mut given = 0;
         let read = storage::read_dir(fd, from, |raw| {
             if raw.name == b"." || raw.name == b".." {
                 let number = if raw.name == b"." { inode.ino } else { node_id(raw.ino) };
@@ -111,24 +108,47 @@ impl Filesystem {
                     return true;
                 }
                 Err(error) => {
-                    sealed = Some(Failed::from(error));
+                    failed = Some(Failed::from(error));
                     return false;
                 }
             };
             let Ok(backing) = std::str::from_utf8(raw.name) else { return true };
-            // Gone meanwhile: not an error, just not there.
-            let Ok(stat) = storage::stat(fd, backing) else { return true };
-            let found = if plus { self.enter(&inode, backing, stat).ok() } else { None };
+            let stat = match storage::stat(fd, backing) {
+                Ok(stat) => stat,
+                // Gone meanwhile: not an error, just not there.
+                Err(Errno::NOENT) => return true,
+                // A listing that leaves out what it could not look at would be believed.
+                Err(errno) => {
+                    failed = Some(errno.into());
+                    return false;
+                }
+            };
+            let found = if plus {
+                match self.enter(&inode, backing, stat) {
+                    Ok(found) => Some(found),
+                    // Damaged or planted, and reported.
+                    Err(error) if error.errno() == libc::EIO || error.errno() == libc::EXDEV => None,
+                    Err(error) => {
+                        failed = Some(error);
+                        return false;
+                    }
+                }
+            } else {
+                None
+            };
             let kind = match (&found, self.kind(&stat)) {
                 (Some(found), _) => found.kind,
                 (None, Ok(Kind::Directory)) => Type::Directory,
                 (None, Ok(Kind::Symlink)) => Type::Symlink,
-                (None, Ok(Kind::Node)) => self.node_type(fd, backing).unwrap_or(Type::Regular),
+                (None, Ok(Kind::Node)) => self.node_type(fd, backing).ok().flatten().unwrap_or(Type::Regular),
                 (None, _) => Type::Regular,
             };
+            given += 1;
             each(Entry { name, ino: node_id(raw.ino), next: raw.next, kind, found })
         });
-        match (sealed, read) {
+        match (failed, read) {
+            // What was given out already counts; the next call begins at the entry that failed.
+            (Some(_), _) if given > 0 => Ok(()),
             (Some(failed), _) => Err(failed),
             // A directory that was removed while open reads as empty.
             (None, Err(Errno::NOENT)) => Ok(()),
@@ -136,14 +156,19 @@ impl Filesystem {
         }
     }
 
-    fn node_type(&self, dir: BorrowedFd<'_>, name: &str) -> Option<Type> {
-        let fd = storage::open_file(dir, name, false).ok()?;
-        Some(match node::read(&self.volume, fd.as_fd()).ok()?.object_type {
-            ObjectType::Fifo => Type::Fifo,
-            ObjectType::Socket => Type::Socket,
-            ObjectType::CharDevice => Type::CharDevice,
-            ObjectType::BlockDevice => Type::BlockDevice,
-            ObjectType::Regular | ObjectType::Directory | ObjectType::Symlink => return None,
+    /// What a node record says; `None` for what has only the length of one.
+    fn node_type(&self, dir: BorrowedFd<'_>, name: &str) -> Result<Option<Type>, VolumeError> {
+        let fd = storage::open_file(dir, name, false)?;
+        let header = match node::read(&self.volume, fd.as_fd()) {
+            Err(VolumeError::Damaged(_)) => return Ok(None),
+            other => other?,
+        };
+        Ok(match header.object_type {
+            ObjectType::Fifo => Some(Type::Fifo),
+            ObjectType::Socket => Some(Type::Socket),
+            ObjectType::CharDevice => Some(Type::CharDevice),
+            ObjectType::BlockDevice => Some(Type::BlockDevice),
+            ObjectType::Regular | ObjectType::Directory | ObjectType::Symlink => None,
         })
     }
 
@@ -321,7 +346,6 @@ impl Filesystem {
         let (_, open, cipher) = self.resolve(&parent, name)?;
         let dir = open.fd.as_fd();
         {
-            // Before its own lock is taken: both may be the same directory's.
             let link = lock(&inode.link);
             match &*link {
                 Link::At { parent: from, name: old } => {
@@ -331,7 +355,7 @@ impl Filesystem {
                 Link::Held(held) => {
                     dir::place(dir, &cipher, || storage::link_held(held.as_fd(), dir, cipher.as_str()))?
                 }
-                Link::Root(_) => return Err(Failed::raw(libc::EPERM)),
+                Link::Root(_) | Link::Gone => return Err(Failed::raw(libc::EPERM)),
             }
         }
         self.enter(&parent, cipher.as_str(), storage::stat(dir, cipher.as_str())?)
@@ -375,7 +399,6 @@ impl Filesystem {
         let stat = storage::stat(dir, cipher.as_str())?;
         let tail = self.tail(dir, cipher.as_str(), &stat);
         let inode = self.known(&stat);
-        // The descriptor first: the link's lock comes after the slot's.
         let mut link = inode.as_ref().map(|inode| lock(&inode.link));
         if let (Some(inode), Some(link)) = (&inode, &mut link) {
             self.unname(inode, link, &parent, cipher.as_str())?;
@@ -529,7 +552,10 @@ impl Filesystem {
                 // The backing target is never empty: it holds its header. Exchanged, both names lead to whole directories
                 // at every instant; then the old one goes.
                 storage::rename(from_fd, from, to_fd, to, RenameFlags::EXCHANGE)?;
-                dir::remove(from_fd, from)
+                // A failure must be one: everything back in its place.
+                dir::remove(from_fd, from).inspect_err(|_| {
+                    let _ = storage::rename(from_fd, from, to_fd, to, RenameFlags::EXCHANGE);
+                })
             }
         }
     }

@@ -202,7 +202,7 @@ impl MountHandle {
         self.fs.volume.keys().wipe(reason);
         let keys_wiped_us = begun.elapsed().as_micros() as u64;
         let mut purged_inodes = 0;
-        if self.fs.begin_purge() {
+        self.fs.purge_once(|| {
             let _ = self.notify(NOTIFY_INC_EPOCH, &[]);
             for ino in self.fs.inodes.all() {
                 // ino, offset, length: all of it.
@@ -211,7 +211,7 @@ impl MountHandle {
                     purged_inodes += 1;
                 }
             }
-        }
+        });
         SealReport { sealed_now, purged_inodes, keys_wiped_us, purged_us: begun.elapsed().as_micros() as u64 }
     }
 

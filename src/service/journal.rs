@@ -191,9 +191,7 @@ impl Place {
 /// The journal in a backing directory, if there is a readable one.
 pub fn read_backing(backing: impl AsFd) -> Option<Journal> {
     match backing::read_small(backing, ERASE_FILE, MAX_JOURNAL) {
-        Ok(bytes) => serde_json::from_slice(&bytes?)
-            .inspect_err(|error| unreadable(error))
-            .ok(),
+        Ok(bytes) => serde_json::from_slice(&bytes?).inspect_err(|error| unreadable(error)).ok(),
         Err(error) => {
             unreadable(&error);
             None

@@ -89,7 +89,16 @@ impl FileState {
             return Err(VolumeError::Damaged(Damage::Extended));
         }
         let recovered = !mutable.sealed && size > mutable.floor;
-        Ok(Self { header, mutable, size, flushed: mutable.floor, cuts: 0, unsealed: false, changes: 0, recovered })
+        Ok(Self {
+            header,
+            mutable,
+            size,
+            flushed: mutable.floor,
+            cuts: 0,
+            unsealed: !mutable.sealed,
+            changes: 0,
+            recovered,
+        })
     }
 
     /// The key claim, for extended attributes.
@@ -210,6 +219,20 @@ impl FileState {
         }
         if range.end - range.first > 1 && end < self.size && !end.is_multiple_of(BLOCK) {
             self.fetch(volume, fd, range.end - 1, &mut last, &mut kept)?;
+        }
+
+        // A short last block that is overwritten whole and grows: nothing of it is kept, but it must come back if the write
+        // fails.
+        let tail = self.size / BLOCK;
+        if end > self.size
+            && !self.size.is_multiple_of(BLOCK)
+            && (range.first..range.end).contains(&tail)
+            && !kept.iter().any(|old| old.index == tail)
+        {
+            let mut sealed = vec![0; (self.size % BLOCK + BLOCK_OVERHEAD) as usize];
+            let got = storage::read_at(fd, &mut sealed, format::block_offset(tail))?;
+            sealed.truncate(got);
+            kept.push(OldBlock { index: tail, sealed });
         }
 
         SEALED.with_borrow_mut(|sealed| {
@@ -361,8 +384,13 @@ impl FileState {
     /// Before the file grows: the header must no longer promise its size, and must admit holes if there will be some.
     fn unseal(&mut self, volume: &Volume, fd: BorrowedFd<'_>, holes: bool) -> Result<(), ReadError> {
         if self.mutable.sealed || (holes && !self.mutable.holes) {
+            let was_sealed = self.mutable.sealed;
             let holes = holes || self.mutable.holes;
             self.write_header(volume, fd, Mutable { sealed: false, holes, ..self.mutable })?;
+            if was_sealed {
+                // Durably: a power cut that kept the growth but not the header would make the whole file unreadable.
+                storage::sync_data(fd)?;
+            }
         }
         Ok(())
     }
@@ -389,7 +417,8 @@ impl FileState {
     pub fn flushing(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<FlushMark, VolumeError> {
         if self.flushed > self.mutable.floor {
             let floor = self.flushed;
-            self.write_header(volume, fd, Mutable { size: self.size, floor, sealed: false, ..self.mutable })?;
+            let next = Mutable { size: self.size, floor, sealed: false, ..self.mutable };
+            keeping_times(fd, || self.write_header(volume, fd, next))?;
         }
         Ok(FlushMark { size: self.size, cuts: self.cuts })
     }
@@ -410,18 +439,11 @@ impl FileState {
         if !self.unsealed {
             return Ok(());
         }
-        let before = storage::stat_fd(fd)?;
         let size = self.size;
-        self.write_header(volume, fd, Mutable { size, floor: size, sealed: true, ..self.mutable })?;
+        let next = Mutable { size, floor: size, sealed: true, ..self.mutable };
+        keeping_times(fd, || self.write_header(volume, fd, next))?;
         self.flushed = size;
         self.unsealed = false;
-        let _ = storage::set_times_fd(
-            fd,
-            &Timestamps {
-                last_access: rustix::fs::Timespec { tv_sec: before.st_atime, tv_nsec: before.st_atime_nsec as _ },
-                last_modification: rustix::fs::Timespec { tv_sec: before.st_mtime, tv_nsec: before.st_mtime_nsec as _ },
-            },
-        );
         Ok(())
     }
 }
@@ -477,6 +499,20 @@ fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(Static, Mutable),
     };
     let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
     Ok((header, mutable))
+}
+
+/// Runs `write` and puts the backing file's times back: what is written is ours, not the program's.
+fn keeping_times<T>(fd: BorrowedFd<'_>, write: impl FnOnce() -> Result<T, VolumeError>) -> Result<T, VolumeError> {
+    let before = storage::stat_fd(fd)?;
+    let written = write()?;
+    let _ = storage::set_times_fd(
+        fd,
+        &Timestamps {
+            last_access: rustix::fs::Timespec { tv_sec: before.st_atime, tv_nsec: before.st_atime_nsec as _ },
+            last_modification: rustix::fs::Timespec { tv_sec: before.st_mtime, tv_nsec: before.st_mtime_nsec as _ },
+        },
+    );
+    Ok(written)
 }
 
 fn backing_len_of(fd: BorrowedFd<'_>) -> Result<u64, Errno> {

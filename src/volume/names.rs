@@ -30,11 +30,6 @@ impl CipherName {
         let hash = self.name.strip_prefix(LONG_PREFIX)?;
         Some((format!("{LONG_NAME_PREFIX}{hash}"), full))
     }
-
-    /// The same without what only creating and removing needs.
-    pub fn shortened(self) -> Box<str> {
-        self.name
-    }
 }
 
 /// Checks a plaintext name: 1 to 255 bytes, no `/`, no NUL, not `.` or `..`.

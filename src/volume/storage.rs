@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 pub use rustix::fs::{FileType, RenameFlags, Stat, Timestamps};
 pub use rustix::io::Errno;
 
-use rustix::fs::{self as sys, AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{self as sys, AtFlags, Mode, OFlags};
 use rustix::path::Arg;
 
 type Result<T> = std::result::Result<T, Errno>;
@@ -193,12 +193,6 @@ pub fn chown_held(held: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> R
     sys::chownat(held, "", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)
 }
 
-/// Changes owner and group of an entry, not following it.
-pub fn chown(dir: BorrowedFd<'_>, name: impl Arg, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
-    let (uid, gid) = (uid.map(rustix::fs::Uid::from_raw), gid.map(rustix::fs::Gid::from_raw));
-    sys::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
-}
-
 /// Sets times of what `held` holds, a symlink too.
 pub fn set_times_held(held: BorrowedFd<'_>, times: &Timestamps) -> Result<()> {
     // AT_EMPTY_PATH for utimensat came with Linux 5.8; the kernels that have memfd_secret have it.
@@ -208,11 +202,6 @@ pub fn set_times_held(held: BorrowedFd<'_>, times: &Timestamps) -> Result<()> {
 /// Sets times of an open object.
 pub fn set_times_fd(fd: BorrowedFd<'_>, times: &Timestamps) -> Result<()> {
     sys::futimens(fd, times)
-}
-
-/// Where the next data or hole begins in a backing file.
-pub fn seek(fd: BorrowedFd<'_>, from: sys::SeekFrom) -> Result<u64> {
-    sys::seek(fd, from)
 }
 
 /// statvfs(2) of the backing filesystem.
@@ -285,13 +274,6 @@ pub fn list_xattr(held: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>> {
         }
     }
     Ok(list.split(|byte| *byte == 0).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect())
-}
-
-/// Whether nothing under `path` is a mount of its own: openat2(2) with `RESOLVE_NO_XDEV`.
-pub fn same_mount(dir: BorrowedFd<'_>, name: impl Arg) -> bool {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV;
-    !matches!(sys::openat2(dir, name, flags, Mode::empty(), resolve), Err(Errno::XDEV))
 }
 
 /// Borrows any descriptor.

@@ -336,6 +336,74 @@ fn a_swap_between_stat_and_read() {
     }
 }
 
+/// Backing filesystems give the number of a deleted object to the next new one. The kernel must not take what we make for
+/// what it knew by that number.
+#[test]
+fn numbers_of_deleted_objects_used_again() {
+    let volume = TestVolume::mounted(&[]);
+    let names: Vec<String> = (0..30).map(|n| n.to_string()).collect();
+    for name in &names {
+        fs::write(volume.at(format!("file {name}")), content(5000, name)).unwrap();
+        symlink(format!("old {name}"), volume.at(format!("link {name}"))).unwrap();
+        fs::create_dir(volume.at(format!("dir {name}"))).unwrap();
+    }
+    volume.remount(&[]);
+    let keys = Keys::of(&volume);
+    for name in &names {
+        fs::symlink_metadata(volume.at(format!("file {name}"))).unwrap();
+        fs::read_link(volume.at(format!("link {name}"))).unwrap();
+        assert!(fs::read_dir(volume.at(format!("dir {name}"))).unwrap().next().is_none());
+    }
+    // One kind after the other, so that each gets the numbers of its own.
+    for name in &names {
+        fs::remove_file(keys.find(&format!("file {name}"))).unwrap();
+    }
+    for name in &names {
+        let path = volume.at(format!("new file {name}"));
+        match fs::write(&path, content(100, name)) {
+            Ok(()) => assert_eq!(fs::read(&path).unwrap(), content(100, name)),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(EIO)),
+        }
+    }
+    for name in &names {
+        fs::remove_file(keys.find(&format!("link {name}"))).unwrap();
+    }
+    for name in &names {
+        let path = volume.at(format!("new link {name}"));
+        match symlink(name, &path) {
+            Ok(()) => assert_eq!(fs::read_link(&path).unwrap(), Path::new(name)),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(EIO)),
+        }
+    }
+    for name in &names {
+        let dir = keys.find(&format!("dir {name}"));
+        fs::remove_file(dir.join(DIR_HEADER)).unwrap();
+        fs::remove_dir(dir).unwrap();
+    }
+    let mut whole = BTreeSet::new();
+    for name in &names {
+        let path = volume.at(format!("new dir {name}"));
+        match fs::create_dir(&path).and_then(|()| fs::write(path.join("x"), b"x")) {
+            Ok(()) => {
+                assert_eq!(listed(&path), ["x"]);
+                whole.insert(name.as_str());
+            }
+            Err(error) => assert_eq!(error.raw_os_error(), Some(EIO)),
+        }
+    }
+    // What was made is there, and is what it was made as.
+    volume.remount(&[]);
+    assert!(whole.iter().all(|name| listed(&volume.at(format!("new dir {name}"))) == ["x"]));
+    for name in listed(&volume.mnt()) {
+        let (kind, number) = name.rsplit_once(' ').unwrap();
+        match kind {
+            "new file" => assert_eq!(fs::read(volume.at(&name)).unwrap(), content(100, number)),
+            "new link" => assert_eq!(fs::read_link(volume.at(&name)).unwrap(), Path::new(number)),
+            _ => assert!(listed(&volume.at(&name)).is_empty() || whole.contains(number), "{name}"),
+        }
+    }
+}
+
 /// A file that this mount has just written is not one that a crash left: whatever the header on disk promises so far, it has
 /// no holes, and none of it is missing.
 #[test]
@@ -921,7 +989,8 @@ impl Dice {
 fn attack(dice: &mut Dice, entries: &[PathBuf], originals: &[Vec<u8>], dirs: &[PathBuf]) {
     let (a, b) = (dice.roll(entries.len()), dice.roll(entries.len()));
     let entry = &entries[a];
-    let writable = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(entry);
+    let writable =
+        || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(entry);
     let replace = |make: &dyn Fn() -> std::io::Result<()>| {
         let _ = fs::remove_file(entry).or_else(|_| fs::remove_dir(entry));
         let _ = make();
@@ -963,7 +1032,8 @@ fn an_attacker_at_work_while_programs_read() {
     let volume = TestVolume::mounted(&[]);
     let names: Vec<String> =
         ["d", "e"].iter().flat_map(|dir| SIZES.iter().map(move |size| format!("{dir}/{NAME}-{size}"))).collect();
-    let contents: Vec<Vec<u8>> = names.iter().zip(SIZES.iter().cycle()).map(|(name, size)| content(*size, name)).collect();
+    let contents: Vec<Vec<u8>> =
+        names.iter().zip(SIZES.iter().cycle()).map(|(name, size)| content(*size, name)).collect();
     for dir in ["d", "e"] {
         fs::create_dir(volume.at(dir)).unwrap();
     }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags};
@@ -32,7 +32,16 @@ fn check(data: &[u8]) {
 #[track_caller]
 fn may_fail<T>(result: std::io::Result<T>) -> Option<T> {
     // EPERM: a link to what has just become a directory.
-    let races = [libc::EPERM, libc::ENOENT, libc::EEXIST, libc::ENOTEMPTY, libc::EINVAL, libc::ENOTDIR, libc::EISDIR, libc::EBUSY];
+    let races = [
+        libc::EPERM,
+        libc::ENOENT,
+        libc::EEXIST,
+        libc::ENOTEMPTY,
+        libc::EINVAL,
+        libc::ENOTDIR,
+        libc::EISDIR,
+        libc::EBUSY,
+    ];
     match result {
         Ok(value) => Some(value),
         Err(error) if races.contains(&error.raw_os_error().unwrap_or(0)) => None,
@@ -178,7 +187,75 @@ fn the_same_with_hardly_a_descriptor_to_spare() {
     // The daemon caches a quarter of these; the tree has more objects.
     let program = v.lethefs::<&str>(&[]).get_program().to_owned();
     let mut command = v.command("sh");
-    command.args(["-c", "ulimit -n 1200; exec \"$0\" mount backing mnt --json"]).arg(program);
+    command.args(["-c", "ulimit -n 300; exec \"$0\" mount backing mnt --json"]).arg(program);
     v.try_mount_by(&mut command).is(0);
     together(&v, NOBODY);
+}
+
+/// A mount of an ordinary user whose daemon caches hardly any descriptor, and many files to push those out with.
+fn with_few_descriptors() -> TestVolume {
+    let v = TestVolume::new();
+    v.become_user(NOBODY);
+    v.init_with(&v.file_uri());
+    let program = v.lethefs::<&str>(&[]).get_program().to_owned();
+    let mut command = v.command("sh");
+    command.args(["-c", "ulimit -n 300; exec \"$0\" mount backing mnt --json"]).arg(program);
+    v.try_mount_by(&mut command).is(0);
+    as_user(NOBODY, NOBODY, || {
+        fs::create_dir(v.at("others")).unwrap();
+        for n in 0..300 {
+            fs::write(v.at(format!("others/{n}")), b"x").unwrap();
+        }
+    });
+    v
+}
+
+/// Opens the files that push everything else out of the descriptor cache. Truncation reaches the daemon, a read may not.
+fn push_out(v: &TestVolume) {
+    for n in 0..300 {
+        fs::File::options().write(true).open(v.at(format!("others/{n}"))).unwrap().set_len(0).unwrap();
+    }
+}
+
+#[test]
+fn a_deep_tree_costs_no_stack() {
+    use rustix::fs::{Mode, OFlags};
+    let _fuse = FuseForAll::new();
+    let v = with_few_descriptors();
+    as_user(NOBODY, NOBODY, || {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut at = rustix::fs::openat(CWD, v.at(""), flags, Mode::empty()).unwrap();
+        for _ in 0..8_000 {
+            rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
+            at = rustix::fs::openat(&at, "d", flags, Mode::empty()).unwrap();
+        }
+        push_out(&v);
+        // Each of its 8,000 ancestors has to be opened for this.
+        rustix::fs::mkdirat(&at, "bottom", Mode::RWXU).unwrap();
+        drop(at);
+        assert!(v.command("rm").arg("-rf").arg(v.at("d")).status().unwrap().success());
+    });
+}
+
+#[test]
+fn a_directory_that_was_forgotten_and_renamed_is_still_one() {
+    let _fuse = FuseForAll::new();
+    let v = with_few_descriptors();
+    let open = as_user(NOBODY, NOBODY, || {
+        fs::create_dir(v.at("d1")).unwrap();
+        fs::create_dir(v.at("d2")).unwrap();
+        fs::write(v.at("d1/a"), b"forget me").unwrap();
+        fs::hard_link(v.at("d1/a"), v.at("d2/b")).unwrap();
+        fs::metadata(v.at("d1/a")).unwrap();
+        fs::File::options().read(true).write(true).open(v.at("d2/b")).unwrap()
+    });
+    // Dentries and inodes that nobody uses: the kernel forgets d1.
+    fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+    as_user(NOBODY, NOBODY, || {
+        fs::rename(v.at("d1"), v.at("dX")).unwrap();
+        push_out(&v);
+        open.write_all_at(b"F", 0).unwrap();
+        open.sync_all().unwrap();
+        assert_eq!(fs::read(v.at("dX/a")).unwrap(), b"Forget me");
+    });
 }

@@ -126,10 +126,28 @@ fn setattr() {
         assert_eq!(seen(), (-86_400, 123_456_789, 4_000_000_000, 999_999_999), "{}", path.display());
         set(&times(UTIME_OMIT, UTIME_OMIT));
         assert_eq!(seen(), (-86_400, 123_456_789, 4_000_000_000, 999_999_999));
+        // The earliest time there is, which the backing filesystem may cut to its own first.
+        let first = Timespec { tv_sec: i64::MIN, tv_nsec: 1 };
+        set(&Timestamps { last_access: first, last_modification: exact.last_modification });
+        assert!(seen().0 < 0);
         set(&times(UTIME_NOW, UTIME_OMIT));
         assert!(seen().0 > 1_000_000_000);
         assert_eq!((seen().2, seen().3), (4_000_000_000, 999_999_999));
     }
+    // A time that was set stays, whatever our own upkeep of the header does: fsync, sealing, unmounting.
+    let timed = File::create(v.at("timed")).unwrap();
+    for round in 0..3 {
+        timed.write_all_at(&bytes(5000, round), round * 5000).unwrap();
+        timed.sync_all().unwrap();
+    }
+    let past = Timespec { tv_sec: 1_000_000_000, tv_nsec: 7 };
+    rustix::fs::futimens(&timed, &Timestamps { last_access: past, last_modification: past }).unwrap();
+    timed.sync_all().unwrap();
+    drop(timed);
+    v.remount(&[]);
+    let meta = fs::metadata(v.at("timed")).unwrap();
+    assert_eq!((meta.mtime(), meta.mtime_nsec()), (1_000_000_000, 7));
+
     // A later write takes the place of a time that was set.
     File::options().write(true).open(&file).unwrap().write_all_at(b"x", 0).unwrap();
     assert!(fs::metadata(&file).unwrap().mtime() < 4_000_000_000);

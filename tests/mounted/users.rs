@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode};
 
@@ -74,7 +76,6 @@ fn each_user_owns_what_that_user_makes() {
     assert_eq!(fs::read_dir(v.at(ALICE.to_string())).unwrap().count(), 8);
 
     // A process of that user from the start, not a thread.
-    use std::os::unix::process::CommandExt as _;
     let script = "umask 022; mkdir d && cd d && echo text > f && ln f g && mv g h && ls -la . && cat h";
     let run =
         Output::of(v.command("sh").args(["-c", script]).current_dir(v.at(ALICE.to_string())).uid(ALICE).gid(ALICE));
@@ -210,29 +211,41 @@ fn access_control_lists() {
     assert!(run.code != Some(0) && run.err.contains("not supported"), "{}", run.err);
 }
 
-/// Lets every user open `/dev/fuse`, as distributions have it, until this is dropped.
+/// Lets every user open `/dev/fuse`, as distributions have it, until this is dropped or this process ends in whatever way.
 pub(crate) struct FuseForAll {
-    mode: u32,
+    guard: Option<Child>,
     _lock: File,
 }
 
 impl FuseForAll {
     pub(crate) fn new() -> Self {
-        // One at a time, in whichever process: the device itself is the lock file that all agree on.
-        let lock = File::open(Path::new("/dev")).unwrap();
+        // One at a time, in whichever process: the directory of the device is a lock file that all agree on.
+        let lock = File::open("/dev").unwrap();
         rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
         let mode = fs::metadata("/dev/fuse").unwrap().mode() & 0o7777;
-        if mode & 0o006 != 0o006 {
+        let guard = (mode & 0o006 != 0o006).then(|| {
+            // Puts the mode back when its input ends, and has the lock until then. Of a group of its own: a signal that
+            // ends the tests shall not reach it.
+            let guard = Command::new("sh")
+                .args(["-c", "read -r _; exec chmod \"$0\" /dev/fuse", &format!("{mode:o}")])
+                .stdin(Stdio::piped())
+                .stdout(lock.try_clone().unwrap())
+                .stderr(Stdio::null())
+                .process_group(0)
+                .spawn()
+                .unwrap();
             chmod("/dev/fuse", 0o666);
-        }
-        Self { mode, _lock: lock }
+            guard
+        });
+        Self { guard, _lock: lock }
     }
 }
 
 impl Drop for FuseForAll {
     fn drop(&mut self) {
-        if self.mode & 0o006 != 0o006 {
-            chmod("/dev/fuse", self.mode);
+        if let Some(mut guard) = self.guard.take() {
+            drop(guard.stdin.take());
+            let _ = guard.wait();
         }
     }
 }

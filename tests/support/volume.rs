@@ -149,8 +149,8 @@ impl TestVolume {
     pub(crate) fn open_to_all(&self) {
         let open = |path: &Path| fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o001 != 0);
         for above in self.root.ancestors().skip(1).filter(|path| !open(path)) {
-            let ours = std::env::var_os("LETHEFS_TEST_RUN").is_some_and(|run| above == run);
-            assert!(ours, "{} is closed to other users: run scripts/test", above.display());
+            let ours = std::env::var_os("LETHEFS_TEST_RUN").and_then(|run| fs::canonicalize(run).ok());
+            assert!(ours.as_deref() == Some(above), "{} is closed to other users: run scripts/test", above.display());
             fs::set_permissions(above, fs::Permissions::from_mode(0o711)).unwrap();
         }
     }

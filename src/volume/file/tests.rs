@@ -252,7 +252,14 @@ fn a_write_that_fails_leaves_the_old_contents() {
     let fixture = Fixture::new();
     // Beyond the limit the kernel sends this; caught, the write fails with EFBIG instead.
     signal_hook::flag::register(libc::SIGXFSZ, std::sync::Arc::default()).unwrap();
-    for (size, offset, len) in [(5000, 5000, 20_000), (5000, 0, 20_000), (4096, 4096, 9000), (100, 50, 6000)] {
+    for (size, offset, len) in [
+        (5000, 5000, 20_000),
+        (5000, 0, 20_000),
+        (4096, 4096, 9000),
+        (100, 50, 6000),
+        (5000, 4096, 20_000),
+        (100, 0, 9000),
+    ] {
         let name = format!("f{size}-{offset}");
         let (fd, mut state) = fixture.create(&name);
         state.write(&fixture.volume, fd.as_fd(), 0, &contents(size)).unwrap();
@@ -270,7 +277,10 @@ fn a_write_that_fails_leaves_the_old_contents() {
         let read = fixture.read(&name).unwrap();
         assert_eq!(read.len(), size);
         assert_eq!(state.size(), size as u64);
-        let kept = if offset < size { offset } else { size };
+        // Up to the write, and from the file's last whole block on, which the write covered but did not get to keep.
+        let kept = offset.min(size);
         assert_eq!(read[..kept], contents(size)[..kept], "size {size}, offset {offset}");
+        let tail = size / 4096 * 4096;
+        assert_eq!(read[tail..], contents(size)[tail..], "size {size}, offset {offset}: the old tail");
     }
 }
