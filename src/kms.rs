@@ -245,11 +245,12 @@ pub trait KeyAdmin: Send + Sync {
     fn describe(&self) -> Result<KeyDescription, KmsError>;
 
     /// Makes the key unusable but restorable, where the service can. `Ok(None)`: it has no such state.
-    /// A key that is already suspended is a success.
+    /// A key that is already suspended is a success. Refuses, having changed nothing, a key that is not `identity`, as
+    /// [`destroy`](Self::destroy) does.
     ///
     /// # Errors
     /// Any [`KmsError`].
-    fn suspend(&self) -> Result<Option<Destruction>, KmsError>;
+    fn suspend(&self, identity: &KeyIdentity) -> Result<Option<Destruction>, KmsError>;
 
     /// Undoes [`suspend`](Self::suspend).
     ///

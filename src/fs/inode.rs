@@ -330,7 +330,7 @@ impl FdCache {
 
     /// Descriptors cached, at most.
     pub fn len(&self) -> usize {
-        lock(&self.open).len()
+        lock(&self.open).iter().filter(|inode| inode.strong_count() > 0).count()
     }
 
     /// Whether none is cached.

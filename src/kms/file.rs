@@ -178,8 +178,12 @@ impl KeyAdmin for KeyFile {
     }
 
     /// A file has no such state.
-    fn suspend(&self) -> Result<Option<Destruction>, KmsError> {
-        Ok(None)
+    fn suspend(&self, recorded: &KeyIdentity) -> Result<Option<Destruction>, KmsError> {
+        let KeyIdentity::File { key_id, .. } = recorded else { return Err(self.not_ours()) };
+        match store::load(&self.path) {
+            Ok(stored) if stored.key_id != *key_id => Err(self.other_key(&stored)),
+            _ => Ok(None),
+        }
     }
 
     fn restore(&self) -> Result<(), KmsError> {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Error;
-use crate::volume::format::{DIR_HEADER, HEADER, LONG_NAME_PREFIX, LONG_PREFIX, NODE_RECORD, OWN_PREFIX, plain_size};
+use crate::volume::format::{HEADER, LONG_NAME_PREFIX, LONG_PREFIX, NODE_RECORD, OWN_PREFIX, plain_size};
 use crate::volume::{meta, storage};
 
 /// Canonical path of an existing directory.
@@ -54,6 +54,16 @@ pub fn lock(backing: impl AsFd, path: &Path) -> Result<bool, Error> {
             source: errno.into(),
         }),
     }
+}
+
+/// Whether somebody has the lock of a volume. Asking takes it for an instant, which [`lock`]'s callers that wait get over.
+///
+/// # Errors
+/// As [`open`] and [`lock`].
+pub fn is_locked(path: &Path) -> Result<bool, Error> {
+    // A descriptor of its own, closed at once: the lock lasts no longer than the question.
+    let own = open(path)?;
+    Ok(!lock(&own, path)?)
 }
 
 /// Reads a small regular file of the backing root. `None`: there is none.
@@ -136,7 +146,7 @@ pub(crate) fn remove_own_files(backing: impl AsFd) {
     let Ok(dir) = rustix::fs::Dir::read_from(&backing) else { return };
     for entry in dir.flatten() {
         let name = entry.file_name();
-        if name.to_bytes().starts_with(OWN_PREFIX.as_bytes()) || name.to_bytes() == DIR_HEADER.as_bytes() {
+        if name.to_bytes().starts_with(OWN_PREFIX.as_bytes()) {
             let _ = rustix::fs::unlinkat(&backing, name, AtFlags::empty());
         }
     }
@@ -176,7 +186,10 @@ mod tests {
         let (first, second) = (open(dir.path()).expect("open"), open(dir.path()).expect("open"));
         assert!(lock(&first, dir.path()).expect("lock"));
         assert!(!lock(&second, dir.path()).expect("lock"));
+        assert!(is_locked(dir.path()).expect("asked"));
         drop(first);
+        assert!(!is_locked(dir.path()).expect("asked"));
+        assert!(!is_locked(dir.path()).expect("asked again"));
         assert!(lock(&second, dir.path()).expect("lock"));
     }
 }

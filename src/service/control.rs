@@ -4,13 +4,14 @@
 //! as well while the volume is sealed. What the operations do is the caller's closure ([`super::mount`]).
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -24,8 +25,10 @@ use crate::kms::KeyIdentity;
 const VERSION: u32 = 1;
 /// Longest line in either direction, in bytes.
 const MAX_LINE: u64 = 64 << 10;
-/// How long either end waits for the other's bytes.
+/// How long a mount waits for a client's bytes.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client waits for the whole of an answer, however it trickles in.
+pub(crate) const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a client waits for a seal, which drops every cached page.
 const SEAL_PATIENCE: Duration = Duration::from_secs(60);
 /// Connections served at a time; one more is closed unanswered.
@@ -177,21 +180,29 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, and makes sure that root or this user listens there.
+    /// Connects, and makes sure that root or this user listens there. Does not wait: whose backlog is full does not answer.
     ///
     /// # Errors
-    /// The system's: nobody listens.
+    /// The system's: nobody listens. [`io::ErrorKind::WouldBlock`]: somebody does, and does not answer.
     pub fn connect(socket: &Path) -> io::Result<Self> {
-        let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::symlink_metadata(socket)?);
-        let stream = UnixStream::connect(socket)?;
+        let dir = socket.parent().ok_or_else(|| io::Error::other("a socket without a directory"))?;
+        let owner = std::fs::symlink_metadata(dir)?.uid();
+        let meta = std::fs::symlink_metadata(socket)?;
+        if !meta.file_type().is_socket() || (meta.uid() != 0 && meta.uid() != owner) {
+            return Err(io::Error::other("what is in the control socket's place is not one"));
+        }
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&fd, &SocketAddrUnix::new(socket)?)?;
+        let stream = UnixStream::from(fd);
+        stream.set_nonblocking(false)?;
         let peer = rustix::net::sockopt::socket_peercred(&stream)?;
-        let uid = peer.uid.as_raw();
+        let (uid, own) = (peer.uid.as_raw(), places::euid());
         // Root looks into users' directories, too: there the user himself must be the one who listens.
-        let trusted = uid == 0 || uid == places::euid() || (places::euid() == 0 && uid == owner);
+        let trusted = if own == 0 { uid == owner } else { uid == 0 || uid == own };
         if !trusted {
             return Err(io::Error::other("somebody else listens on the control socket"));
         }
-        stream.set_write_timeout(Some(PATIENCE))?;
         Ok(Self { stream, pid: Some(peer.pid) })
     }
 
@@ -204,15 +215,29 @@ impl Client {
     ///
     /// # Errors
     /// The system's, a time-out, or the mount's refusal.
-    pub fn ask(mut self, op: Op) -> io::Result<Value> {
-        let patience = if op == Op::Seal { SEAL_PATIENCE } else { PATIENCE };
-        self.stream.set_read_timeout(Some(patience))?;
+    pub fn ask(self, op: Op) -> io::Result<Value> {
+        let patience = if op == Op::Seal { SEAL_PATIENCE } else { ANSWER_PATIENCE };
+        self.ask_until(op, Instant::now() + patience)
+    }
+
+    /// Asks one thing, and waits for all of the answer until then.
+    fn ask_until(mut self, op: Op, until: Instant) -> io::Result<Value> {
+        self.stream.set_write_timeout(Some(left(until)?))?;
         let op = serde_json::to_value(op)?;
         let mut line = serde_json::to_vec(&serde_json::json!({ "v": VERSION, "op": op }))?;
         line.push(b'\n');
         self.stream.write_all(&line)?;
         let mut reply = Vec::new();
-        BufReader::new(&self.stream).take(MAX_LINE).read_until(b'\n', &mut reply)?;
+        let mut chunk = [0; 4096];
+        while !reply.contains(&b'\n') && (reply.len() as u64) < MAX_LINE {
+            self.stream.set_read_timeout(Some(left(until)?))?;
+            match self.stream.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(n) => reply.extend_from_slice(&chunk[..n]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
         let reply: Reply = serde_json::from_slice(&reply)?;
         match (reply.ok, reply.error) {
             (Some(value), None) => Ok(value),
@@ -226,7 +251,23 @@ impl Client {
     /// # Errors
     /// As [`ask`](Self::ask).
     pub fn status(self) -> io::Result<Status> {
-        Ok(serde_json::from_value(self.ask(Op::Status)?)?)
+        self.status_until(Instant::now() + ANSWER_PATIENCE)
+    }
+
+    /// Asks for the status, and waits for all of it until then.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub(crate) fn status_until(self, until: Instant) -> io::Result<Status> {
+        Ok(serde_json::from_value(self.ask_until(Op::Status, until)?)?)
+    }
+}
+
+/// The time until then. None left is an error: the system takes a time-out of zero for none.
+fn left(until: Instant) -> io::Result<Duration> {
+    match until.checked_duration_since(Instant::now()) {
+        Some(left) if !left.is_zero() => Ok(left),
+        _ => Err(io::ErrorKind::TimedOut.into()),
     }
 }
 
@@ -257,5 +298,64 @@ mod tests {
         assert_eq!(code(b"{\"v\":2,\"op\":\"status\"}\n").as_deref(), Some("unknown-version"));
         assert_eq!(code(b"hello\n").as_deref(), Some("bad-request"));
         assert_eq!(code(&vec![b'x'; MAX_LINE as usize]).as_deref(), Some("bad-request"), "a line without end");
+    }
+
+    #[test]
+    fn whoever_does_not_answer_is_not_waited_for() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("s");
+        let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let fd = fd.expect("socket");
+        rustix::net::bind(&fd, &SocketAddrUnix::new(&path).expect("address")).expect("bound");
+        rustix::net::listen(&fd, 0).expect("listens");
+        let begun = Instant::now();
+        // Nobody accepts: the first are taken into the backlog, then it is full.
+        let mut held = Vec::new();
+        let error = loop {
+            match Client::connect(&path) {
+                Ok(client) => held.push(client),
+                Err(error) => break error,
+            }
+            assert!(held.len() < 10, "the backlog has no end");
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        let first = held.pop().expect("one was taken");
+        assert!(first.status_until(Instant::now() + Duration::from_millis(100)).is_err(), "nobody answers");
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn an_answer_that_trickles_in_is_not_waited_for() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).expect("bound");
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("accepted");
+            while stream.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let begun = Instant::now();
+        let client = Client::connect(&path).expect("connected");
+        client.status_until(begun + Duration::from_millis(300)).expect_err("no answer");
+        assert!((Duration::from_millis(250)..Duration::from_secs(5)).contains(&begun.elapsed()), "{begun:?}");
+    }
+
+    #[test]
+    fn only_a_socket_of_the_directorys_owner_is_connected_to() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("s");
+        serve(&path, |_| Value::Null).expect("served");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("link");
+        assert!(Client::connect(&link).is_err(), "a symlink");
+        std::fs::write(dir.path().join("file"), "").expect("written");
+        assert!(Client::connect(&dir.path().join("file")).is_err(), "a file");
+        assert!(Client::connect(&path).is_ok());
+        if places::euid() == 0 {
+            // Another user's directory with a socket of root's behind it: not what that user's mount would be.
+            std::os::unix::fs::chown(dir.path(), Some(12345), None).expect("chown");
+            assert!(Client::connect(&path).is_err(), "not the directory's owner");
+        }
     }
 }

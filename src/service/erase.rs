@@ -2,7 +2,7 @@
 //!
 //! [`prepare`](plan::prepare) looks and changes nothing; [`Prepared::confirm`] compares what the person typed;
 //! [`Confirmed::run`](run) acts. Every step can be repeated: after a crash the command is simply run again, and the journal
-//! only carries over when things happened and what was proved.
+//! only carries over when things happened, and that a key file was there before it was destroyed.
 
 mod plan;
 mod run;

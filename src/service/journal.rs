@@ -1,5 +1,6 @@
 //! The journal of an erase (docs/CLI.md): what was done, when, and what the key service said. In the backing directory as
-//! `lethefs.erase`, or, when that is out of reach, in this host's state directory. It tells people; it decides nothing.
+//! `lethefs.erase`, or, when that is out of reach, in this host's state directory. It tells people; all it
+//! decides is whether the absence of a key file is the erase's doing ([`super::erase`]).
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

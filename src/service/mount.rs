@@ -9,12 +9,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
-use super::control::{self, Op, Status};
+use super::control::{self, Client, Op, Status};
 use super::record::{self, Files, Record, path_text};
 use super::{Error, SCHEMA, backing, journal, mountinfo, places, trust, umount};
 use crate::crypto::VolumeId;
@@ -24,6 +25,9 @@ use crate::kms::{KeyIdentity, KeyUri};
 use crate::sys::process;
 use crate::volume::Volume;
 use crate::volume::meta::VolumeFile;
+
+/// How long a mount tries to get the volume's lock.
+const LOCK_PATIENCE: Duration = Duration::from_millis(300);
 
 /// What to mount, where and how.
 pub struct Request {
@@ -93,6 +97,9 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     if let Some(journal) = &journal {
         warnings.push(format!("{}; yet the key still opens this volume", journal.sentence()));
     }
+    let runtime = places::runtime_dir();
+    let files = Files::new(&runtime, body.volume_id);
+    refuse_second_copy(&files)?;
     let mut pin = grant.pin;
     pin.refresh(&body);
     keys.set_lowest_version(pin.lowest_version);
@@ -107,11 +114,9 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
             }
         });
     }
-    remember(&pin, &mut warnings);
+    remember(&pin, &mut warnings)?;
 
-    let runtime = places::runtime_dir();
     places::make_dir(&runtime).map_err(Error::io(format!("cannot use the runtime directory {}", runtime.display())))?;
-    let files = Files::new(&runtime, body.volume_id);
     let record = Record::of_self(body.volume_id, body.label.clone(), backing_path.clone(), mountpoint.clone());
     let report = Report {
         schema: SCHEMA,
@@ -135,14 +140,14 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
     let started = serve_control(&files, &record, &report, handle.clone())
-        .and_then(|()| watch_signals(signals, handle.clone(), files.clone()))
+        .and_then(|()| watch_signals(signals, handle.clone(), files.clone(), record.pid))
         .map_err(Error::io("cannot set up the control socket"))
         .and_then(|()| ready(&report));
     if started.is_err() {
         let _ = handle.unmount(true);
     }
     let ended = mounted.wait();
-    files.remove();
+    files.remove(record.pid);
     started?;
     ended.map_err(|error| Error::Mount(format!("the mount did not end cleanly: {error}")))
 }
@@ -204,8 +209,17 @@ fn check_paths(backing: &Path, mountpoint: &Path) -> Result<(), Error> {
 }
 
 fn take_lock(backing: &OwnedFd, path: &Path) -> Result<(), Error> {
-    if backing::lock(backing, path)? {
-        return Ok(());
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        if backing::lock(backing, path)? {
+            return Ok(());
+        }
+        // Who only asks whether the volume is in use (`status`) has the lock for an instant. Waiting for it in flock(2)
+        // would wait for a mount as well, without an end.
+        if Instant::now() >= until {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
     let volume = VolumeFile::read(backing).ok().and_then(|copies| copies.first().map(|copy| copy.body().volume_id));
     let who = match volume.and_then(record::find) {
@@ -215,15 +229,42 @@ fn take_lock(backing: &OwnedFd, path: &Path) -> Result<(), Error> {
     Err(Error::InUse(format!("{} is already mounted {who}: unmount it there first", path.display())))
 }
 
-/// Keeps the pin that the authenticated file raised. Not being able to is no reason not to mount, except at first sight.
-fn remember(pin: &trust::Pin, warnings: &mut Vec<String>) {
+/// Refuses a copy of a volume that is mounted from elsewhere: socket and record have the volume's name, and each of the
+/// two would take itself for the only writer. The lock does not tell, since it is the directory's.
+fn refuse_second_copy(files: &Files) -> Result<(), Error> {
+    let in_use = |place: Option<PathBuf>| {
+        let place = place.or_else(|| record::of(files).map(|record| record.mountpoint));
+        let place = place.map_or_else(|| "a place unknown".into(), |place| place.display().to_string());
+        Err(Error::InUse(format!("another copy of this volume is mounted at {place}: unmount it there first")))
+    };
+    // A daemon that was killed lets go of its lock before its socket: it gets a moment to go.
+    for _ in 0..5 {
+        match Client::connect(&files.socket).map(Client::status) {
+            Ok(Ok(status)) => return in_use(Some(status.mountpoint)),
+            Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
+                return in_use(None);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return in_use(None),
+            Err(_) => return Ok(()),
+            Ok(Err(_)) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    in_use(None)
+}
+
+/// Keeps the pin that the authenticated file raised. Not being able to is no reason not to mount, except at first sight:
+/// whoever vouched for the volume believes that from now on nobody can put another in its place.
+fn remember(pin: &trust::Pin, warnings: &mut Vec<String>) -> Result<(), Error> {
     let on_disk = trust::find(pin.volume_id).ok().flatten();
+    let first_sight = on_disk.is_none();
     if on_disk.is_none_or(|found| found.pin != *pin) {
         match pin.save() {
             Ok(path) => tracing::info!(pin = %path.display(), "pin written"),
+            Err(error) if first_sight => return Err(error.into()),
             Err(error) => warnings.push(format!("{error}; this host will not remember what it saw")),
         }
     }
+    Ok(())
 }
 
 fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountHandle) -> io::Result<()> {
@@ -260,13 +301,13 @@ fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountH
 }
 
 /// The first signal unmounts, lazily if the mount is in use; a second one wipes the keys and ends at once.
-fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files) -> io::Result<()> {
+fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files, pid: i32) -> io::Result<()> {
     let watch = move || {
         let mut asked = false;
         for signal in signals.forever() {
             if asked {
                 handle.seal(SealReason::Unmounted);
-                files.remove();
+                files.remove(pid);
                 std::process::exit(1);
             }
             asked = true;
@@ -304,4 +345,51 @@ fn option_texts(options: &MountOptions) -> Vec<String> {
         options.threads.map(|threads| format!("threads={threads}")),
     ];
     texts.into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_copy_is_refused_while_the_first_answers() {
+        let dir = tempfile::tempdir().expect("directory");
+        let record = Record::of_self(VolumeId([4; 16]), "l".into(), "/b".into(), "/m".into());
+        let files = Files::new(dir.path(), record.volume_id);
+        refuse_second_copy(&files).expect("nobody there");
+        drop(std::os::unix::net::UnixListener::bind(&files.socket).expect("bound"));
+        record::write(&files, &record).expect("written");
+        refuse_second_copy(&files).expect("a dead daemon's");
+        let status = Status {
+            schema: SCHEMA,
+            volume_id: record.volume_id,
+            label: String::new(),
+            backing: "/b".into(),
+            mountpoint: "/there".into(),
+            pid: record.pid,
+            started: String::new(),
+            key: KeyIdentity::File { key_id: VolumeId([1; 16]), created: String::new() },
+            uri: String::new(),
+            options: Vec::new(),
+            sealed: None,
+            counters: serde_json::Value::Null,
+        };
+        control::serve(&files.socket, move |_| serde_json::to_value(&status).expect("JSON")).expect("served");
+        let error = refuse_second_copy(&files).expect_err("refused");
+        assert!(matches!(&error, Error::InUse(line) if line.contains("mounted at /there")), "{error}");
+    }
+
+    #[test]
+    fn a_lock_held_for_an_instant_is_waited_for() {
+        let dir = tempfile::tempdir().expect("directory");
+        let (asking, mounting) = (backing::open(dir.path()).expect("open"), backing::open(dir.path()).expect("open"));
+        assert!(backing::lock(&asking, dir.path()).expect("lock"));
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(asking);
+        });
+        take_lock(&mounting, dir.path()).expect("taken");
+        let third = backing::open(dir.path()).expect("open");
+        assert!(matches!(take_lock(&third, dir.path()), Err(Error::InUse(_))));
+    }
 }

@@ -6,8 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
-/// The type under which our mounts appear.
-pub const FS_TYPE: &str = "fuse.lethefs";
+use crate::fs::session::FS_TYPE;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -58,8 +58,11 @@ impl Files {
         Self { record: name("json"), socket: name("sock"), log: name("log") }
     }
 
-    /// Removes record and socket.
-    pub fn remove(&self) {
+    /// Removes record and socket, if they are those of the mount that process `pid` served.
+    pub fn remove(&self, pid: i32) {
+        if read(&self.record).is_none_or(|record| record.pid != pid) {
+            return;
+        }
         let _ = std::fs::remove_file(&self.socket);
         let _ = std::fs::remove_file(&self.record);
     }
@@ -76,6 +79,11 @@ pub fn write(files: &Files, record: &Record) -> io::Result<()> {
 /// The record of a volume in this user's runtime directory.
 pub fn find(volume: VolumeId) -> Option<Record> {
     read(&Files::new(&places::runtime_dir(), volume).record)
+}
+
+/// The record among these files.
+pub(crate) fn of(files: &Files) -> Option<Record> {
+    read(&files.record)
 }
 
 /// Every record in the runtime directories of this user (root: and of `users`), with its files.
@@ -165,8 +173,13 @@ mod tests {
         let record = Record::of_self(VolumeId([3; 16]), "l".into(), "/b".into(), "/m".into());
         let files = Files::new(dir.path(), record.volume_id);
         write(&files, &record).expect("written");
+        let pid = record.pid;
         assert_eq!(read(&files.record), Some(record));
-        files.remove();
+        std::fs::write(&files.socket, "").expect("written");
+        files.remove(pid + 1);
+        assert!(files.record.exists() && files.socket.exists(), "another process's");
+        files.remove(pid);
+        assert!(!files.socket.exists());
         assert_eq!(read(&files.record), None);
     }
 }

@@ -1,10 +1,12 @@
 //! `status`: what is mounted, and what a backing directory is. Never contacts a key service.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde::Serialize;
 
-use super::control::{Client, Status};
+use super::control::{ANSWER_PATIENCE, Client, Status};
 use super::journal::{self, Journal};
 use super::record::{self, Record, path_text};
 use super::trust::{self, TrustError};
@@ -78,8 +80,12 @@ pub fn all() -> Result<List, Error> {
     let users: Vec<u32> = mine.iter().filter_map(|mount| mount.user).collect();
     let mut reports: Vec<Report> = Vec::new();
     let mut recorded: Vec<PathBuf> = Vec::new();
+    // One time limit for all that one user's directory holds: nobody keeps root waiting by filling it.
+    let mut limits: HashMap<PathBuf, Instant> = HashMap::new();
     for (record, files) in record::all(&users) {
-        let live = Client::connect(&files.socket).and_then(Client::status).ok();
+        let dir = files.socket.parent().unwrap_or(&files.socket).to_owned();
+        let until = *limits.entry(dir).or_insert_with(|| Instant::now() + ANSWER_PATIENCE);
+        let live = Client::connect(&files.socket).and_then(|client| client.status_until(until)).ok();
         let mounted = mine.iter().any(|mount| mount.mountpoint == record.mountpoint);
         // Neither mounted nor alive: a record that a killed daemon left.
         if live.is_none() && !mounted {
@@ -167,7 +173,7 @@ fn of_backing(path: &Path) -> Result<Report, Error> {
     if copies.len() < 2 {
         warnings.push("one copy of the volume file is missing or damaged: the next mount writes it anew".into());
     }
-    if live.is_none() && !backing::lock(&dir, &path)? {
+    if live.is_none() && backing::is_locked(&path)? {
         warnings.push("it is in use by a process that does not answer here".into());
     }
     let mut keys = Vec::new();

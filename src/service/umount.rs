@@ -59,8 +59,8 @@ pub fn run(mountpoint: &Path, lazy: bool) -> Result<Report, Error> {
         Daemon::Gone => true,
         Daemon::Unknown => false,
     };
-    if let (Daemon::Gone, Some((_, files))) = (&daemon, &live) {
-        files.remove();
+    if let (Daemon::Gone, Some((record, files))) = (&daemon, &live) {
+        files.remove(record.pid);
     }
     if !ended && !lazy && matches!(daemon, Daemon::Live(_)) {
         return Err(Error::Mount(format!(

@@ -149,3 +149,56 @@ fn without_a_pin_the_key_must_be_named() {
     world.run(&named).is(0);
     assert!(gone(&world.path("keys/key")));
 }
+
+#[test]
+fn a_wrong_path_of_the_key_file_is_no_proof() {
+    let world = World::new();
+    let id = world.volume("vol", "key");
+    let name = world.key_name("key");
+    let typo = world.uri("kye");
+    let erase = ["erase", "vol", "--confirm-volume", &id, "--confirm-key", &name, "--key", &typo];
+    let untouched = || ["lethefs.volume", "lethefs.volume.bak"].map(|copy| std::fs::read(world.path("vol").join(copy)));
+    let before = untouched().map(Result::unwrap);
+    let key = std::fs::read(world.path("keys/key")).unwrap();
+    let pin = std::fs::read(world.path("trust").join(&id)).unwrap();
+
+    // Nobody vouches for the place, and nothing is there. Again, with the journal of the first time.
+    std::fs::remove_file(world.path("trust").join(&id)).unwrap();
+    for _ in 0..2 {
+        world.run(&erase).is(18).says("the key file was not found where expected").says("keys/kye");
+        assert_eq!(untouched().map(Result::unwrap), before);
+        assert_eq!(journal(&world, "vol")["slots"][0]["state"], "pending");
+        assert_eq!(std::fs::read(world.path("keys/key")).unwrap(), key);
+    }
+    // It lies neither where the pin says nor where the command does.
+    std::fs::write(world.path("trust").join(&id), &pin).unwrap();
+    std::fs::rename(world.path("keys/key"), world.path("keys/moved")).unwrap();
+    world.run(&erase).is(18).says("keys/key").says("keys/kye");
+    world.run(&erase[..6]).is(18).says("the key file was not found where expected");
+    assert_eq!(untouched().map(Result::unwrap), before);
+    assert_eq!(std::fs::read(world.path("keys/moved")).unwrap(), key, "the volume still opens");
+    // Both places count: where the pin says, and where it is.
+    let moved = world.uri("moved");
+    let plan = world.run(&["erase", "vol", "--plan", "--json", "--key", &moved]).out;
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    assert_eq!(plan["keys"].as_array().unwrap().len(), 2, "{plan}");
+    world.run(&["erase", "vol", "--confirm-volume", &id, "--confirm-key", &name, "--key", &moved]).is(0);
+    assert!(gone(&world.path("keys/moved")));
+    // Afterwards absence is what the journal leads to expect.
+    world.run(&erase).is(0);
+}
+
+#[test]
+fn a_given_key_file_does_not_stand_in_for_the_pinned_one() {
+    let world = World::new();
+    let id = world.volume("vol", "key");
+    world.volume("two", "second");
+    let name = world.key_name("key");
+    let (typo, second) = (world.uri("kye"), world.uri("second"));
+    let erase = ["erase", "vol", "--confirm-volume", &id, "--confirm-key", &name, "--key"];
+    let with = |uri| [&erase[..], &[uri]].concat();
+    world.refuses(&with(&second), 2, "not among the keys");
+    world.refuses(&["erase", "--volume-id", &id, "--key", &second, "--confirm-key", &name], 2, "not among the keys");
+    world.run(&with(&typo)).is(0);
+    assert!(gone(&world.path("keys/key")) && !gone(&world.path("keys/second")));
+}

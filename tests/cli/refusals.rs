@@ -251,3 +251,13 @@ fn a_volume_file_never_names_a_path() {
     std::fs::set_permissions(&pin, std::fs::Permissions::from_mode(0o666)).unwrap();
     world.refuses(&["mount", "two", "mnt"], 16, "nobody else can write");
 }
+
+#[test]
+fn a_volume_vouched_for_is_remembered_or_not_mounted() {
+    let world = World::new();
+    world.volume("vol", "key");
+    let uri = world.uri("key");
+    let mut mount = world.command(&["mount", "vol", "mnt", "--foreground", "--trust", "--kms", &uri]);
+    // No pin is there, and none can be.
+    World::finish(mount.env("LETHEFS_TRUST_DIR", "/proc/lethefs-has-no-place-here")).is(1).says("pin");
+}

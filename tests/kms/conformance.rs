@@ -141,9 +141,19 @@ fn run(p: &Provider<'_>) {
         unwrap("rewrapped at the service", &rewrapped);
     }
 
+    // Not suspended by mistake.
+    let before = serde_json::to_value(p.admin.describe().expect("described")).expect("JSON");
+    for (case, other) in other_identities(&made.identity) {
+        assert_eq!(failure(case, p.admin.suspend(&other)), Failure::Recreated, "{name}: suspend, wrong {case}");
+        let after = serde_json::to_value(p.admin.describe().expect("described")).expect("JSON");
+        assert_eq!(before, after, "{name}: suspend, wrong {case}: changed");
+        unwrap(case, &made.wrapped);
+    }
+
     // Suspended and back.
     for round in ["first", "second"] {
-        let suspended = p.admin.suspend().unwrap_or_else(|e| panic!("{name}: suspend: {e} {:?}", e.detail));
+        let suspended =
+            p.admin.suspend(&made.identity).unwrap_or_else(|e| panic!("{name}: suspend: {e} {:?}", e.detail));
         assert_eq!(suspended, p.suspends.then_some(Destruction::Suspended), "{name}: {round}");
     }
     if p.suspends {
@@ -173,7 +183,7 @@ fn run(p: &Provider<'_>) {
     }
 
     // Suspended when it is destroyed, as an orderly erase has it.
-    p.admin.suspend().expect("suspended");
+    p.admin.suspend(&made.identity).expect("suspended");
     for round in ["first", "again", "and again"] {
         let done =
             p.admin.destroy(&made.identity).unwrap_or_else(|e| panic!("{name}: destroy, {round}: {e} {:?}", e.detail));

@@ -79,7 +79,10 @@ impl KeyAdmin for Transit {
         KeySource::describe(self)
     }
 
-    fn suspend(&self) -> Result<Option<Destruction>, KmsError> {
+    fn suspend(&self, identity: &KeyIdentity) -> Result<Option<Destruction>, KmsError> {
+        if self.verified(&self.recorded(identity)?)?.is_none() {
+            return Err(KmsError::new(Failure::Missing, format!("{} is not there", self.what())));
+        }
         let path = format!("{}/soft-delete", self.key_path());
         let reply = self.client.call(&Method::DELETE, &path, None, None)?;
         if classify(&reply).0 == Meaning::NoSuchRequest {

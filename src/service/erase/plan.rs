@@ -71,7 +71,7 @@ pub fn prepare(victim: &Victim, uris: &[KeyUri]) -> Result<Prepared, Error> {
 }
 
 /// Never makes the state directory: a plan changes nothing.
-fn existing_on_host(volume: VolumeId) -> Option<journal::Journal> {
+pub(super) fn existing_on_host(volume: VolumeId) -> Option<journal::Journal> {
     Place::Host(places::erase_dir().ok()?.join(format!("{volume}.json"))).read(volume)
 }
 
@@ -107,18 +107,34 @@ fn of_pin(pin: &Pin) -> Vec<Target> {
 /// Keys given with the command: those of the volume file's claims that the URI can mean, else what stands there now. The
 /// destruction itself checks the identity again.
 fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Result<(), Error> {
+    let pinned = !targets.is_empty();
     for uri in uris {
-        // The pin knows this key already; a key file may have moved.
-        let mut known = false;
-        for target in targets.iter_mut().filter(|target| means(uri, &target.identity)) {
-            target.uri = uri.clone();
-            known = true;
+        // A name means any key file, so if one is there, its id says which key it is.
+        let held = match uri {
+            KeyUri::File(_) => kms::admin(uri)?.describe().ok().map(|described| described.identity),
+            KeyUri::Transit(_) => None,
+        };
+        let means =
+            |identity: &KeyIdentity| held.as_ref().map_or_else(|| means(uri, identity), |held| held.same_key(identity));
+        // The pin knows this key already.
+        let known: Vec<usize> = (0..targets.len()).filter(|n| means(&targets[*n].identity)).collect();
+        for n in &known {
+            let target = &mut targets[*n];
+            if let KeyUri::Transit(_) = uri {
+                target.uri = uri.clone();
+                continue;
+            }
+            // A key file may have moved, or the path may be wrong: the place known before is not let go for it.
+            let (scope, version, slot, identity) = (target.scope, target.version, target.slot, target.identity.clone());
+            if targets.iter().all(|target| target.uri != *uri || target.identity != identity) {
+                targets.push(Target { scope, version, slot, identity, uri: uri.clone(), probe: None });
+            }
         }
-        if known {
+        if !known.is_empty() {
             continue;
         }
         let before = targets.len();
-        for claim in claims.iter().filter(|claim| means(uri, &claim.slot.identity)) {
+        for claim in claims.iter().filter(|claim| means(&claim.slot.identity)) {
             if targets.iter().all(|target| target.identity != claim.slot.identity) {
                 targets.push(Target {
                     scope: claim.scope,
@@ -133,7 +149,8 @@ fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Re
         if targets.len() > before {
             continue;
         }
-        if !claims.is_empty() {
+        // A file that holds none of the pin's keys is some other volume's.
+        if !claims.is_empty() || (pinned && held.is_some()) {
             return Err(Error::Usage(format!("{uri} is not among the keys of this volume: see `lethefs status`")));
         }
         let identity = kms::admin(uri)?.describe()?.identity;
@@ -197,9 +214,12 @@ fn live_mounts(volume: VolumeId, shared: &[Shared]) -> Result<Vec<LiveMount>, Er
     let mut live = Vec::new();
     for (record, files) in &records {
         let concerned = record.volume_id == volume || shared.iter().any(|shared| shared.volume_id == record.volume_id);
+        if !concerned {
+            continue;
+        }
         let reachable = Client::connect(&files.socket).is_ok();
         let mounted = mounts.iter().any(|mount| mount.is_lethefs() && mount.mountpoint == record.mountpoint);
-        if concerned && (reachable || mounted) {
+        if reachable || mounted {
             let mountpoint = path_text::encode(&record.mountpoint);
             live.push(LiveMount { volume_id: Some(record.volume_id), mountpoint, reachable });
         }

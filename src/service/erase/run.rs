@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Confirmed, Target};
+use super::{Confirmed, Target, plan};
 use crate::crypto::VolumeId;
 use crate::kms::{self, Destruction, Failure, KeyIdentity, KmsError};
 use crate::service::control::{Client, Op};
@@ -46,7 +46,10 @@ impl Confirmed {
     /// # Errors
     /// Only what keeps it from writing its journal; a key that cannot be destroyed is an incomplete [`Outcome`].
     pub fn run(self) -> Result<Outcome, Error> {
-        let mut run = Run { warnings: Vec::new(), self_asserted: false, journal: self.journal(), confirmed: &self };
+        let (begun_before, targets) = (self.begun_before(), &self.prepared.targets);
+        let places: Vec<KeyPlace> = targets.iter().map(|target| KeyPlace::look(target, &begun_before)).collect();
+        let journal = self.journal(&begun_before, &places);
+        let mut run = Run { warnings: Vec::new(), self_asserted: false, places, journal, confirmed: &self };
         run.save()?;
         checkpoint("begun");
         // Live mounts are sealed only once the key service let these credentials do their part: an erase that was never
@@ -81,31 +84,39 @@ impl Confirmed {
         })
     }
 
+    /// The journals of earlier runs: where this one's will be, and on this host.
+    fn begun_before(&self) -> Vec<Journal> {
+        let volume = self.prepared.plan.volume_id;
+        self.place.read(volume).into_iter().chain(plan::existing_on_host(volume)).collect()
+    }
+
     /// A new journal, with the times of an earlier run's where it is about the same keys.
-    fn journal(&self) -> Journal {
+    fn journal(&self, begun_before: &[Journal], places: &[KeyPlace]) -> Journal {
         let volume = self.prepared.plan.volume_id;
         let mut journal = Journal::new(volume);
-        let slots = self.prepared.targets.iter().map(|target| SlotJournal {
+        let slots = self.prepared.targets.iter().zip(places).map(|(target, place)| SlotJournal {
             scope: target.scope,
             version: target.version,
             id: target.slot,
             identity: target.identity.clone(),
             uri: target.uri.to_string(),
-            state: SlotState::Pending,
+            // What shows that a key file was there, and went, must not be lost if this run dies early.
+            state: if place.begun_before { SlotState::Destroying } else { SlotState::Pending },
             restorable_until: None,
             problem: None,
             proof: None,
         });
         journal.slots = slots.collect();
-        if let Some(earlier) = self.place.read(volume) {
-            let same = earlier.slots.len() == journal.slots.len()
-                && earlier.slots.iter().all(|old| journal.slots.iter().any(|new| new.identity == old.identity));
-            if same {
-                journal.begun_at = earlier.begun_at;
-                journal.inaccessible_at = earlier.inaccessible_at;
-                journal.scheduled_at = earlier.scheduled_at;
-                journal.irrecoverable_at = earlier.irrecoverable_at;
-                journal.receipts = earlier.receipts;
+        if let Some(earlier) = begun_before.first() {
+            let among = |some: &[SlotJournal], all: &[SlotJournal]| {
+                some.iter().all(|slot| all.iter().any(|other| other.identity == slot.identity))
+            };
+            if among(&earlier.slots, &journal.slots) && among(&journal.slots, &earlier.slots) {
+                journal.begun_at.clone_from(&earlier.begun_at);
+                journal.inaccessible_at.clone_from(&earlier.inaccessible_at);
+                journal.scheduled_at.clone_from(&earlier.scheduled_at);
+                journal.irrecoverable_at.clone_from(&earlier.irrecoverable_at);
+                journal.receipts.clone_from(&earlier.receipts);
                 // Not the states: each is established anew below.
             }
         }
@@ -113,8 +124,48 @@ impl Confirmed {
     }
 }
 
+/// What shows that a key's destruction is that key's, and not only that nothing is where it was looked for. A key service
+/// answers for its keys; the absence of a key file shows nothing, since its path may be wrong.
+struct KeyPlace {
+    /// The key is one whose destruction its service can tell.
+    served: bool,
+    /// A key file with this id was here when the run began.
+    held: bool,
+    /// An earlier run of this erase destroyed the key file, or found it here and was about to.
+    begun_before: bool,
+}
+
+impl KeyPlace {
+    fn look(target: &Target, begun_before: &[Journal]) -> Self {
+        let served = !matches!(target.identity, KeyIdentity::File { .. });
+        let described = || kms::admin(&target.uri).and_then(|admin| admin.describe());
+        let uri = target.uri.to_string();
+        // Begun tells of one place only, done of the key.
+        let shows = |slot: &SlotJournal| match slot.state {
+            SlotState::CarriedOut | SlotState::Destroyed => true,
+            SlotState::Destroying => slot.uri == uri,
+            _ => false,
+        };
+        Self {
+            served,
+            held: !served && described().is_ok_and(|described| described.identity.same_key(&target.identity)),
+            begun_before: !served
+                && begun_before
+                    .iter()
+                    .flat_map(|journal| &journal.slots)
+                    .any(|slot| slot.identity.same_key(&target.identity) && shows(slot)),
+        }
+    }
+
+    fn shown(&self) -> bool {
+        self.served || self.held || self.begun_before
+    }
+}
+
 struct Run<'a> {
     confirmed: &'a Confirmed,
+    /// As the targets.
+    places: Vec<KeyPlace>,
     journal: Journal,
     warnings: Vec<String>,
     self_asserted: bool,
@@ -170,10 +221,15 @@ impl Run<'_> {
     fn suspend(&mut self) -> Result<(), Error> {
         let mut all = true;
         for (n, target) in self.confirmed.prepared.targets.iter().enumerate() {
+            // A key file cannot be suspended, and the state from an earlier run must stay.
+            if !self.places[n].served {
+                all = false;
+                continue;
+            }
             self.journal.slots[n].state = SlotState::Suspending;
             self.save()?;
             let slot = &mut self.journal.slots[n];
-            slot.state = match kms::admin(&target.uri).and_then(|admin| admin.suspend()) {
+            slot.state = match kms::admin(&target.uri).and_then(|admin| admin.suspend(&target.identity)) {
                 Ok(Some(_)) => SlotState::Suspended,
                 // No such state there: inaccessible only once destroyed.
                 Ok(None) => {
@@ -199,13 +255,26 @@ impl Run<'_> {
     /// T2: destruction, or the date of it.
     fn destroy(&mut self) -> Result<(), Error> {
         let mut all = true;
-        for (n, target) in self.confirmed.prepared.targets.iter().enumerate() {
+        let targets = &self.confirmed.prepared.targets;
+        // Where the key files are comes first: only then does it mean anything that one is not at another place.
+        let (first, rest): (Vec<usize>, Vec<usize>) = (0..targets.len()).partition(|n| self.places[*n].shown());
+        for n in first.into_iter().chain(rest) {
+            let target = &targets[n];
             let before = self.journal.slots[n].state;
-            self.journal.slots[n].state = SlotState::Destroying;
-            self.save()?;
+            if self.places[n].shown() {
+                self.journal.slots[n].state = SlotState::Destroying;
+                self.save()?;
+            }
+            let destroyed = kms::admin(&target.uri).and_then(|admin| admin.destroy(&target.identity));
+            let nowhere = !self.was_somewhere(n);
             let slot = &mut self.journal.slots[n];
             slot.problem = None;
-            slot.state = match kms::admin(&target.uri).and_then(|admin| admin.destroy(&target.identity)) {
+            slot.state = match destroyed {
+                Ok(Destruction::CarriedOut) if nowhere && !self.places[n].shown() => {
+                    all = false;
+                    slot.problem = Some(problem(&not_found(target)));
+                    before
+                }
                 Ok(Destruction::CarriedOut) => SlotState::CarriedOut,
                 Ok(Destruction::Scheduled { at }) => {
                     slot.restorable_until = Some(at);
@@ -231,10 +300,28 @@ impl Run<'_> {
         self.save()
     }
 
+    /// Whether more than absence shows that this key is destroyed: it is a key service's, or the key file was found and
+    /// destroyed at some place, by this run or an earlier one.
+    fn was_somewhere(&self, n: usize) -> bool {
+        let key = &self.confirmed.prepared.targets[n].identity;
+        let done = [SlotState::CarriedOut, SlotState::Destroyed];
+        self.places[n].served
+            || self.places[n].begun_before
+            || self.confirmed.prepared.targets.iter().zip(&self.places).zip(&self.journal.slots).any(
+                |((target, place), slot)| place.shown() && target.identity.same_key(key) && done.contains(&slot.state),
+            )
+    }
+
     /// T3: the key service's proof for every key, or what is missing to it.
     fn prove(&mut self) -> Result<Option<Error>, Error> {
         let mut missing = Vec::new();
         for (n, target) in self.confirmed.prepared.targets.iter().enumerate() {
+            if !self.was_somewhere(n) {
+                let error = not_found(target);
+                missing.push(self.still_restorable(n, target, &error));
+                self.journal.slots[n].problem.get_or_insert(problem(&error));
+                continue;
+            }
             let slot = &mut self.journal.slots[n];
             let probe = target.probe.as_ref().map(|(binding, wrapped)| (binding, wrapped));
             let proved = kms::admin(&target.uri).and_then(|admin| admin.prove_destroyed(&target.identity, probe));
@@ -313,6 +400,13 @@ impl Run<'_> {
         at.get_or_insert_with(now);
         journal.state = state;
     }
+}
+
+/// No file with this key's id has been seen: it may lie elsewhere, whole.
+fn not_found(target: &Target) -> KmsError {
+    let uri = &target.uri;
+    let line = format!("the key file was not found where expected ({uri}): name its place with --key file:///PATH");
+    KmsError::new(Failure::Missing, line)
 }
 
 /// Class and line of a failure.

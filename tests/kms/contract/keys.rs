@@ -53,7 +53,7 @@ fn each_state_of_a_key_has_its_class() {
     let by_host = case.host.prove_destroyed(&case.made.identity, None).expect("proof without a probe");
     assert_eq!(by_host.findings[3].asked, "POST transit/decrypt/deleted");
     assert_eq!(failure("make under a deleted key", case.host.make(&BINDING)), Failure::Missing);
-    assert_eq!(failure("suspend a deleted key", case.admin.suspend()), Failure::Missing);
+    assert_eq!(failure("suspend a deleted key", case.admin.suspend(&case.made.identity)), Failure::Missing);
     assert_eq!(failure("restore a deleted key", case.admin.restore()), Failure::Missing);
 
     // … and each part that is missing makes it Missing.
@@ -184,7 +184,7 @@ fn each_state_of_a_key_has_its_class() {
     for soft in [false, true] {
         let case = Case::new(server, &format!("destroy-{soft}"));
         if soft {
-            case.admin.suspend().expect("suspended");
+            case.admin.suspend(&case.made.identity).expect("suspended");
         }
         case.admin.destroy(&case.made.identity).expect("destroyed");
         expect(&case, Failure::Destroyed, &[]);

@@ -51,7 +51,7 @@ fn each_fate_of_a_login_has_its_class() {
     assert_eq!((root.make, root.destroy), (Some(true), Some(true)));
     for (what, refused) in [
         ("destroy", failure("destroy", case.host.destroy(&case.made.identity))),
-        ("suspend", failure("suspend", case.host.suspend())),
+        ("suspend", failure("suspend", case.host.suspend(&case.made.identity))),
         ("restore", failure("restore", case.host.restore())),
         ("make", failure("make", case.admin.make(&BINDING))),
         ("unwrap", failure("unwrap", case.unwrap_as(&case.admin))),
