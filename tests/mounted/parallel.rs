@@ -1,5 +1,6 @@
 //! Many threads in one tree. Whatever the order, each file read is one that somebody wrote, and nothing waits for ever.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, symlink};
@@ -118,9 +119,9 @@ fn work(root: &Path, thread: u64) -> usize {
     worked
 }
 
-/// Every file below is whole; how many there are.
-fn check_all(root: &Path) -> usize {
-    let (mut files, mut todo) = (0, vec![root.to_owned()]);
+/// Every file below is whole; which there are.
+fn check_all(root: &Path) -> BTreeSet<PathBuf> {
+    let (mut files, mut todo) = (BTreeSet::new(), vec![root.to_owned()]);
     while let Some(dir) = todo.pop() {
         for entry in fs::read_dir(dir).unwrap() {
             let entry = entry.unwrap();
@@ -130,7 +131,7 @@ fn check_all(root: &Path) -> usize {
             } else if kind.is_file() {
                 let data = fs::read(entry.path()).unwrap();
                 check(&data);
-                files += 1;
+                files.insert(entry.path());
             }
         }
     }
@@ -162,9 +163,12 @@ fn together(v: &TestVolume, uid: u32) {
     });
     assert!(worked > STEPS, "{worked} of {} steps worked", STEPS * THREADS as usize);
     let files = as_user(uid, uid, || check_all(&root));
-    assert!(files > 10);
+    assert!(files.len() > 10);
+    let log = v.log();
     v.remount(&[]);
-    assert_eq!(as_user(uid, uid, || check_all(&root)), files);
+    let after = as_user(uid, uid, || check_all(&root));
+    let differ: Vec<_> = files.symmetric_difference(&after).collect();
+    assert!(differ.is_empty(), "listed only before or after the remount: {differ:?}; the daemon's log: {log}");
     v.umount();
     if uid != 0 {
         v.become_root();
