@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use super::attributes::{Attributes, Type, report_name};
 use super::core::{Caller, Filesystem, Outcome};
@@ -34,9 +34,6 @@ pub struct Entry {
     /// Everything, with one reference of the kernel's, for readdirplus.
     pub found: Option<Attributes>,
 }
-
-/// Positions of directory descriptors are shared; a few locks keep readers of one directory apart.
-static READERS: [Mutex<()>; 16] = [const { Mutex::new(()) }; 16];
 
 /// The node id for a backing inode number: the root has 1, so nobody else may.
 fn node_id(backing: u64) -> u64 {
@@ -89,7 +86,6 @@ impl Filesystem {
         let keys = self.dir(&inode)?;
         let open = self.open(&inode)?;
         let fd = open.fd.as_fd();
-        let _alone = lock(&READERS[(ino % READERS.len() as u64) as usize]);
         let mut failed = None;
         let mut given = 0;
         let read = storage::read_dir(fd, from, |raw| {

@@ -120,7 +120,7 @@ pub fn discard(parent: BorrowedFd<'_>, temporary: &str) {
     }
 }
 
-/// Whether an open directory holds no entries, ours aside. Moves its position.
+/// Whether an open directory holds no entries, ours aside.
 ///
 /// # Errors
 /// The backing filesystem's.
@@ -134,7 +134,7 @@ pub fn is_empty(dir: BorrowedFd<'_>) -> Result<bool, Errno> {
 }
 
 /// Removes what interrupted operations left in an open directory: objects under temporary names, and sidecars of long
-/// names without an entry. Moves its position.
+/// names without an entry.
 pub fn clean(dir: BorrowedFd<'_>) {
     let mut leftovers = Vec::new();
     let mut sidecars = Vec::new();

@@ -220,11 +220,16 @@ pub struct RawEntry<'a> {
 }
 
 /// Calls `each` for the entries of a directory from position `from` on, until it says `false` or they end.
-/// The descriptor's position is moved: callers keep others out.
-pub fn read_dir(fd: BorrowedFd<'_>, from: u64, mut each: impl FnMut(RawEntry<'_>) -> bool) -> Result<()> {
-    sys::seek(fd, sys::SeekFrom::Start(from))?;
+///
+/// Each reading has a descriptor of its own: what was read before must not matter. (On ext4 it does. A descriptor whose
+/// first reading began at the end gives an empty listing from then on, without an error; Linux 6.18, fs/ext4/dir.c.)
+pub fn read_dir(dir: BorrowedFd<'_>, from: u64, mut each: impl FnMut(RawEntry<'_>) -> bool) -> Result<()> {
+    let own = reopen(dir, false)?;
+    if from != 0 {
+        sys::seek(&own, sys::SeekFrom::Start(from))?;
+    }
     let mut buffer = [MaybeUninit::<u8>::uninit(); 32 << 10];
-    let mut entries = sys::RawDir::new(fd, &mut buffer);
+    let mut entries = sys::RawDir::new(&own, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
         let more =
@@ -279,4 +284,38 @@ pub fn list_xattr(held: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>> {
 /// Borrows any descriptor.
 pub fn fd(fd: &impl AsFd) -> BorrowedFd<'_> {
     fd.as_fd()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// ext4 (Linux 6.18, fs/ext4/dir.c) gives an empty listing on a descriptor whose first reading began at the end, which is how
+    /// a listing goes on after the descriptor cache let go of its directory.
+    #[test]
+    fn a_listing_is_whole_whatever_was_read_before() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 0..200 {
+            std::fs::write(dir.path().join(format!("an entry with a name of some length, {n}")), b"").unwrap();
+        }
+        let list = |fd: &OwnedFd, from| {
+            let (mut names, mut positions) = (Vec::new(), Vec::new());
+            read_dir(fd.as_fd(), from, |entry| {
+                names.push(entry.name.to_vec());
+                positions.push(entry.next);
+                true
+            })
+            .unwrap();
+            (names, positions)
+        };
+        let open = || open_dir(sys::CWD, dir.path()).unwrap();
+        let (all, positions) = list(&open(), 0);
+        assert_eq!(all.len(), 202);
+        // From every position on a fresh descriptor, and then from the beginning on that one.
+        for (n, position) in positions.iter().enumerate() {
+            let fd = open();
+            assert_eq!(list(&fd, *position).0, all[n + 1..]);
+            assert_eq!(list(&fd, 0).0, all, "after a reading from position {n}");
+        }
+    }
 }

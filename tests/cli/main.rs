@@ -4,6 +4,7 @@
 
 mod erase;
 mod refusals;
+mod terminal;
 mod world;
 
 use world::World;
