@@ -16,6 +16,8 @@ pub mod meta;
 pub mod names;
 pub mod node;
 pub mod storage;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod xattr;
 
 use std::os::fd::{AsFd, OwnedFd};

@@ -467,3 +467,26 @@ impl Filesystem {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_during_the_sealers_flush_is_not_sealed_by_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let fs = Filesystem::new(crate::volume::testing::volume(dir.path()), 64, false);
+        let made = fs.create(fs.owner, super::super::inode::ROOT, b"file", 0o600, 0, true).unwrap();
+        let inode = fs.inode(made.ino).unwrap();
+        fs.write(made.ino, 0, b"before", false).unwrap();
+        let before = fs.file(&inode).unwrap().0.as_ref().unwrap().changes();
+        // The flush; and then somebody writes.
+        fs.write(made.ino, 100_000, b"meanwhile", false).unwrap();
+        assert_eq!(fs.seal_file(inode.clone(), before, true).unwrap_err().errno(), libc::EBUSY);
+        assert!(fs.file(&inode).unwrap().0.as_ref().unwrap().unsealed());
+        assert_eq!(fs.unsealed(), 1, "nobody would come by again");
+        assert_eq!(fs.seal_all(), 0);
+        assert!(!fs.file(&inode).unwrap().0.as_ref().unwrap().unsealed());
+        assert_eq!(fs.unsealed(), 0);
+    }
+}

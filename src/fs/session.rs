@@ -255,11 +255,15 @@ pub fn unmount_path(mountpoint: &Path, lazy: bool) -> io::Result<()> {
         return Ok(rustix::mount::unmount(mountpoint, flags | UnmountFlags::NOFOLLOW)?);
     }
     let mut command = Command::new("fusermount3");
-    command.args(if lazy { ["-u", "-q", "-z"].as_slice() } else { &["-u", "-q"] }).arg("--").arg(mountpoint);
-    match command.stdin(Stdio::null()).output()? {
-        output if output.status.success() => Ok(()),
-        // It says only "failed"; busy is by far the most common reason.
-        _ => Err(Errno::BUSY.into()),
+    command.args(if lazy { ["-u", "-z"].as_slice() } else { &["-u"] }).arg("--").arg(mountpoint);
+    let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output()?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    let words = words.lines().next().unwrap_or("fusermount3 failed").trim();
+    match output.status.success() {
+        true => Ok(()),
+        // umount2(2)'s EBUSY in strerror(3)'s words.
+        false if words.ends_with("Device or resource busy") => Err(Errno::BUSY.into()),
+        false => Err(io::Error::other(words.to_owned())),
     }
 }
 

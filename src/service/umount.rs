@@ -64,7 +64,7 @@ pub fn run(mountpoint: &Path, lazy: bool) -> Result<Report, Error> {
     }
     if !ended && !lazy && matches!(daemon, Daemon::Live(_)) {
         return Err(Error::Mount(format!(
-            "{} is unmounted, but its daemon still writes after {} s: look at its log before you rely on the data",
+            "{} is unmounted, but its daemon has not ended after {} s: it still writes, or another mount namespace (a container) holds the mount; see its log before you rely on the data",
             path.display(),
             PATIENCE.as_secs()
         )));

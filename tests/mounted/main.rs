@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod differential;
+mod faults;
 mod parallel;
 mod persistence;
 mod posix;

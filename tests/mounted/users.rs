@@ -297,6 +297,16 @@ fn an_ordinary_user_mounts_by_fusermount3() {
     v.cli(&["umount", "--lazy", "mnt"]).is(0);
     v.mount(&[]);
     assert_eq!(script("cat mnt/kept").out, "kept\n");
+    // Why it does not unmount: in use, or whatever else fusermount3 says.
+    let open = as_user(NOBODY, NOBODY, || File::open(v.at("kept")).unwrap());
+    v.cli(&["umount", "mnt"]).is(15).says("in use");
+    drop(open);
+    fs::create_dir(v.path("bin")).unwrap();
+    fs::write(v.path("bin/fusermount3"), "#!/bin/sh\necho 'fusermount3: failed to open /etc/mtab' >&2; exit 1\n")
+        .unwrap();
+    chmod(v.path("bin/fusermount3"), 0o755);
+    let path = format!("{}:{}", v.path("bin").display(), std::env::var("PATH").unwrap());
+    Output::of(v.lethefs(&["umount", "mnt"]).env("PATH", path)).is(15).says("failed to open /etc/mtab");
     v.umount();
     // What only root may allow.
     if !fs::read_to_string("/etc/fuse.conf").unwrap_or_default().lines().any(|line| line.trim() == "user_allow_other") {

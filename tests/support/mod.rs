@@ -1,5 +1,6 @@
 //! What several test binaries share. Each uses a part of it.
 #![allow(dead_code)]
 
+pub(crate) mod faulty;
 pub(crate) mod openbao;
 pub(crate) mod volume;

@@ -2,14 +2,10 @@
 
 use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::crypto::{Key32, VolumeId};
-use crate::keyring::Keyring;
-use crate::volume::meta::{Body, KekRecord, KeyState, Scope};
 
 struct Fixture {
     volume: Volume,
@@ -19,32 +15,7 @@ struct Fixture {
 impl Fixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let id = VolumeId([1; 16]);
-        let keys = Keyring::new(id).unwrap();
-        keys.admit(0, 1, &Key32::random().unwrap(), true).unwrap();
-        let root = ObjectId([2; 16]);
-        let fd = std::fs::File::open(dir.path()).unwrap();
-        Volume::create_root(&fd, &keys, root).unwrap();
-        let kek = KekRecord {
-            version: 1,
-            state: KeyState::Active,
-            created: String::new(),
-            commitment: String::new(),
-            slots: Vec::new(),
-        };
-        let body = Body {
-            magic: "lethefs".into(),
-            format: 1,
-            volume_id: id,
-            label: String::new(),
-            created: String::new(),
-            generation: 1,
-            incompat: Vec::new(),
-            compat: Vec::new(),
-            root_id: root,
-            scopes: vec![Scope { id: 0, current: 1, keks: vec![kek] }],
-        };
-        let volume = Volume::open(fd.into(), Path::new("/"), &body, keys, false).unwrap();
+        let volume = crate::volume::testing::volume(dir.path());
         Self { volume, dir }
     }
 
