@@ -37,7 +37,8 @@ impl OnFaulty {
 
 #[test]
 fn an_error_that_the_sealer_heard_reaches_the_next_fsync() {
-    let OnFaulty { v, store } = OnFaulty::new();
+    let on = OnFaulty::new();
+    let (v, store) = (&on.v, &on.store);
     let mut file = File::create(v.at("file")).unwrap();
     file.write_all(&bytes(10_000, 1)).unwrap();
     let ino = file.metadata().unwrap().ino();
@@ -63,7 +64,6 @@ fn an_error_that_the_sealer_heard_reaches_the_next_fsync() {
     v.remount(&[]);
     assert_eq!(fs::read(v.at("file")).unwrap(), bytes(10_000, 1));
     v.umount();
-    drop(store);
 }
 
 #[test]
