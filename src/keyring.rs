@@ -153,7 +153,7 @@ fn offset(label: DekLabel) -> usize {
     }
 }
 
-/// Keys of one KEK version: the KEK, its wrapping key, its volume file key.
+/// Keys of one KEK version: the KEK, its wrapping key, its volume file key, its log key.
 struct KekSlot {
     scope: u32,
     version: u32,
@@ -200,6 +200,7 @@ impl Keyring {
                 slot[..32].copy_from_slice(bytes);
                 derive(bytes, KekLabel::Wrap, &volume, scope, version, &mut slot[32..64]);
                 derive(bytes, KekLabel::Volume, &volume, scope, version, &mut slot[64..96]);
+                derive(bytes, KekLabel::Log, &volume, scope, version, &mut slot[96..128]);
             });
             Ok::<_, KeyringError>(())
         })?;
@@ -289,6 +290,22 @@ impl Keyring {
             mac.update(part);
         }
         Ok(mac.finalize().into_bytes().into())
+    }
+
+    /// Runs `f` with the cipher of the intent log under a KEK version. See the module's text for what `f` may do.
+    ///
+    /// # Errors
+    /// Any [`KeyringError`].
+    pub fn with_log_key<T>(&self, scope: u32, version: u32, f: impl FnOnce(&Cipher) -> T) -> Result<T, KeyringError> {
+        let keks = self.keks()?;
+        let slot = keks.arena.find(kek_tag(scope, version)).ok_or(KeyringError::NoSuchKek { scope, version })?;
+        let Some(key) = slot[96..].first_chunk() else { unreachable!("four keys a slot") };
+        Ok(f(&Cipher::new(key)))
+    }
+
+    /// Scope and version of the KEK that wraps new DEKs.
+    pub fn current(&self) -> (u32, u32) {
+        read(&self.keks).current
     }
 
     /// The KEK versions held.

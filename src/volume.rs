@@ -4,6 +4,7 @@
 //! - [`header`] static and mutable headers; [`names`] encrypted names; [`content`] blocks;
 //! - [`file`] a regular file: reading, writing, floor and seal; [`dir`] directories; [`link`] symlinks; [`node`] FIFOs and
 //!   devices; [`xattr`] extended attributes;
+//! - [`log`] the intent log, [`replay`] what is done with it after a crash;
 //! - [`storage`] every system call on the backing directory.
 
 pub mod content;
@@ -12,9 +13,12 @@ pub mod file;
 pub mod format;
 pub mod header;
 pub mod link;
+pub mod log;
 pub mod meta;
 pub mod names;
 pub mod node;
+mod overlay;
+pub mod replay;
 pub mod storage;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -92,6 +96,9 @@ pub enum Damage {
     /// A backing object of a type that we never make.
     #[error("an object was planted in the backing directory")]
     Planted,
+    /// Records of the intent log that were on the medium are not there any more, or do not open.
+    #[error("the intent log is damaged")]
+    Log,
     /// The root directory is not this volume's.
     #[error("the root directory's header is not this volume's")]
     Root,
@@ -106,6 +113,7 @@ pub struct Volume {
     path: PathBuf,
     device: u64,
     read_only: bool,
+    log: Option<log::Log>,
     integrity_failures: AtomicU64,
 }
 
@@ -148,6 +156,7 @@ impl Volume {
             path: backing_path.to_owned(),
             device,
             read_only,
+            log: None,
             integrity_failures: AtomicU64::new(0),
         })
     }
@@ -180,6 +189,27 @@ impl Volume {
     /// The backing filesystem's device: everything must be on it.
     pub fn device(&self) -> u64 {
         self.device
+    }
+
+    /// The intent log, if one was begun.
+    pub fn log(&self) -> Option<&log::Log> {
+        self.log.as_ref()
+    }
+
+    /// Begins an intent log: from now on files change by way of it. What a crash left in an old one must have been
+    /// [replayed](replay::replay).
+    ///
+    /// # Errors
+    /// The backing filesystem's.
+    pub fn begin_log(&mut self) -> Result<(), VolumeError> {
+        self.log = Some(log::Log::new(&self.root, &self.keys)?);
+        Ok(())
+    }
+
+    /// The log as a crash leaves it.
+    #[cfg(test)]
+    pub(crate) fn end_of_log_for_tests(&mut self) {
+        self.log = None;
     }
 
     /// Whether nothing may be written.

@@ -16,6 +16,8 @@ pub enum KekLabel {
     Volume,
     /// The public check value of a canary.
     Canary,
+    /// The key of the intent log.
+    Log,
 }
 
 impl KekLabel {
@@ -25,6 +27,7 @@ impl KekLabel {
             Self::Wrap => b"lethefs/1/kek/wrap",
             Self::Volume => b"lethefs/1/kek/volume",
             Self::Canary => b"lethefs/1/kek/canary",
+            Self::Log => b"lethefs/1/kek/log",
         }
     }
 }

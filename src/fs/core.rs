@@ -28,6 +28,8 @@ pub type Outcome<T> = Result<T, Failed>;
 
 /// How long a file must be quiet before its header is sealed.
 pub const QUIET: Duration = Duration::from_secs(5);
+/// How long a logged change waits at most before it is brought to the medium and put in place.
+const COMMIT: Duration = Duration::from_secs(1);
 /// Levels of directories between the root and an object: far beyond what path names of programs reach, and a bound on
 /// what a tree that somebody tied into a knot in the backing store costs.
 const DEEPEST: usize = 100_000;
@@ -61,6 +63,12 @@ pub struct Filesystem {
     pub owner: Caller,
     started: Instant,
     unsealed: Mutex<HashMap<u64, Arc<Inode>>>,
+    /// Files with changes that are logged and not yet in place.
+    pending: Mutex<HashMap<u64, Arc<Inode>>>,
+    /// Held by whoever puts logged changes in place.
+    committing: Mutex<()>,
+    /// Held by whoever makes room in the log.
+    checkpointing: Mutex<()>,
     stop: Mutex<bool>,
     stopped: Condvar,
     purging: Mutex<bool>,
@@ -82,6 +90,9 @@ impl Filesystem {
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),
             unsealed: Mutex::new(HashMap::new()),
+            pending: Mutex::new(HashMap::new()),
+            committing: Mutex::new(()),
+            checkpointing: Mutex::new(()),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
             purging: Mutex::new(false),
@@ -356,8 +367,111 @@ impl Filesystem {
             if unsealed.get(&ino).is_some_and(|held| Arc::ptr_eq(held, &inode)) {
                 unsealed.remove(&ino);
             }
+            drop(unsealed);
+            let mut pending = lock(&self.pending);
+            if pending.get(&ino).is_some_and(|held| Arc::ptr_eq(held, &inode)) {
+                pending.remove(&ino);
+            }
         }
         self.inodes.let_go(inode);
+    }
+
+    /// Before a change of a file whose content lock the caller holds: it may have something pending from now on. Before,
+    /// so that whoever empties the log waits for the lock and then finds it.
+    pub(super) fn note_pending(&self, inode: &Arc<Inode>) {
+        if self.volume.log().is_some() {
+            lock(&self.pending).insert(inode.ino, inode.clone());
+        }
+    }
+
+    /// Brings the log to the medium and puts everything in place whose record is there.
+    ///
+    /// # Errors
+    /// The backing filesystem's. What could not be put in place stays pending and is tried again; the file's next fsync
+    /// says so.
+    pub fn commit(&self) -> Outcome<()> {
+        let Some(log) = self.volume.log() else { return Ok(()) };
+        let _alone = lock(&self.committing);
+        let batch: Vec<Arc<Inode>> = lock(&self.pending).values().cloned().collect();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        log.flush(log.end())?;
+        let flushed = log.flushed();
+        let mut result = Ok(());
+        for inode in batch {
+            let applied = self.open(&inode).and_then(|open| {
+                let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
+                let done = guard.as_mut().map_or(Ok(true), |state| state.apply(open.fd.as_fd(), flushed));
+                if done == Ok(true) {
+                    // Under the content lock: a writer notes the file anew before it changes anything.
+                    lock(&self.pending).remove(&inode.ino);
+                }
+                Ok(done.map(drop)?)
+            });
+            match applied {
+                Ok(()) => self.inodes.let_go(inode),
+                // Nothing of it is left to put anywhere.
+                Err(failed) if failed.errno() == libc::ESTALE && inode.removed.load(Ordering::Relaxed) => {
+                    lock(&self.pending).remove(&inode.ino);
+                }
+                Err(failed) => {
+                    inode.sync_failed.store(true, Ordering::SeqCst);
+                    tracing::warn!(
+                        backing_ino = inode.ino,
+                        errno = failed.errno(),
+                        "logged changes are not in place yet"
+                    );
+                    result = Err(failed);
+                }
+            }
+        }
+        result
+    }
+
+    /// Makes sure that the log has room for a request. The caller holds no lock.
+    ///
+    /// # Errors
+    /// The backing filesystem's: what is logged cannot be put in place, so nothing more can be logged.
+    pub(super) fn room(&self) -> Outcome<()> {
+        match self.volume.log() {
+            Some(log) if log.is_full() => self.checkpoint(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Empties the log: everything in it is put in place and flushed there.
+    ///
+    /// # Errors
+    /// As [`room`](Self::room).
+    pub fn checkpoint(&self) -> Outcome<()> {
+        let Some(log) = self.volume.log() else { return Ok(()) };
+        let _alone = lock(&self.checkpointing);
+        if !log.is_full() {
+            return Ok(()); // somebody else did it while we waited
+        }
+        self.commit()?;
+        // A checkpoint that failed before may have got this far.
+        if log.oldest() == log.generation() {
+            log.switch()?;
+        }
+        // What was logged between the two is in the old file, too.
+        self.commit()?;
+        storage::sync_filesystem(self.volume.root().as_fd())?;
+        Ok(log.retire()?)
+    }
+
+    /// The clean end: everything logged is in place and on the medium, and the log is gone.
+    ///
+    /// # Errors
+    /// The backing filesystem's. The log is then still there, for the next mount.
+    pub fn end_log(&self) -> Outcome<()> {
+        if self.volume.log().is_none() {
+            return Ok(());
+        }
+        self.commit()?;
+        storage::sync_filesystem(self.volume.root().as_fd())?;
+        Ok(crate::volume::log::remove(self.volume.root().as_fd())?)
     }
 
     /// Files whose headers await sealing.
@@ -368,14 +482,21 @@ impl Filesystem {
     /// Seals quiet files now and then, until [`stop_sealer`](Self::stop_sealer). Runs on a thread of its own.
     pub fn run_sealer(&self) {
         let mut stop = lock(&self.stop);
+        let mut ticks = 0;
         while !*stop {
-            stop = self.stopped.wait_timeout(stop, QUIET).unwrap_or_else(PoisonError::into_inner).0;
-            if *stop || self.volume.keys().sealed().is_some() {
+            stop = self.stopped.wait_timeout(stop, COMMIT).unwrap_or_else(PoisonError::into_inner).0;
+            if *stop {
                 continue;
             }
             drop(stop);
-            let horizon = self.now().saturating_sub(QUIET.as_secs());
-            self.seal_files(|inode| inode.changed.load(Ordering::Relaxed) <= horizon);
+            ticks += 1;
+            if ticks % (QUIET.as_secs() / COMMIT.as_secs()) == 0 && self.volume.keys().sealed().is_none() {
+                let horizon = self.now().saturating_sub(QUIET.as_secs());
+                self.seal_files(|inode| inode.changed.load(Ordering::Relaxed) <= horizon);
+            } else {
+                // Needs no key. What fails is tried again, and told to whoever flushes.
+                let _ = self.commit();
+            }
             stop = lock(&self.stop);
         }
     }
@@ -395,16 +516,28 @@ impl Filesystem {
     fn seal_files(&self, wanted: impl Fn(&Inode) -> bool) -> usize {
         let batch: Vec<Arc<Inode>> = lock(&self.unsealed).values().filter(|inode| wanted(inode)).cloned().collect();
         let mut ready = Vec::new();
+        if let Err(failed) = self.commit() {
+            tracing::warn!(errno = failed.errno(), "the log cannot be put in place: nothing is sealed");
+            return batch.len();
+        }
+        let mut left = 0;
         for inode in batch {
             if inode.removed.load(Ordering::Relaxed) {
                 self.sealed(inode);
                 continue;
             }
+            if let Err(failed) = self.mend(&inode) {
+                left += 1;
+                tracing::warn!(backing_ino = inode.ino, errno = failed.errno(), "a file cannot be sealed");
+                continue;
+            }
             let state = inode.file.read().unwrap_or_else(PoisonError::into_inner);
-            let changes = state.as_ref().map(|state| state.changes());
+            // Only what is all in place is covered by the flush that comes now.
+            let changes = state.as_ref().map(|state| (state.changes(), state.pending().is_some()));
             drop(state);
             match changes {
-                Some(changes) => ready.push((inode, changes)),
+                Some((changes, false)) => ready.push((inode, changes)),
+                Some((_, true)) => left += 1,
                 None => self.sealed(inode),
             }
         }
@@ -414,9 +547,8 @@ impl Filesystem {
             for (inode, _) in &ready {
                 inode.sync_failed.store(true, Ordering::SeqCst);
             }
-            return ready.len();
+            return left + ready.len();
         }
-        let mut left = 0;
         // One descriptor at a time: the batch may be larger than the process's limit.
         for (inode, changes) in ready {
             let ino = inode.ino;
@@ -426,6 +558,20 @@ impl Filesystem {
             }
         }
         left
+    }
+
+    /// A file that a crash left unsealed: what it tore becomes what it reads as, before that is flushed and vouched for.
+    fn mend(&self, inode: &Arc<Inode>) -> Outcome<()> {
+        let recovered = |state: &Option<Box<FileState>>| state.as_ref().is_some_and(|state| state.recovered());
+        if !recovered(&inode.file.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(());
+        }
+        let open = self.open(inode)?;
+        let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
+        match guard.as_mut() {
+            Some(state) => state.mend(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error)),
+            None => Ok(()),
+        }
     }
 
     /// Seals one file if it has not changed since `changes` was read, before the flush.

@@ -31,6 +31,7 @@ impl Filesystem {
     /// The backing filesystem's; `EIO` where part of a damaged block would have to be kept.
     pub fn write(&self, ino: u64, offset: u64, data: &[u8], kill_privileges: bool) -> Outcome<()> {
         let inode = self.inode(ino)?;
+        self.room()?;
         {
             let (mut guard, open) = self.file_mut(&inode)?;
             let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
@@ -38,6 +39,7 @@ impl Filesystem {
                 return Err(Failed::raw(libc::EROFS));
             }
             let was_unsealed = state.unsealed();
+            self.note_pending(&inode);
             let written = state.write(&self.volume, open.fd.as_fd(), offset, data);
             inode.set_size(state.size());
             if state.unsealed() {
@@ -60,12 +62,14 @@ impl Filesystem {
         if size == 0 && self.start_over_if_damaged(inode)? {
             return Ok(());
         }
+        self.room()?;
         let (mut guard, open) = self.file_mut(inode)?;
         let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
         if !open.writable {
             return Err(Failed::raw(libc::EROFS));
         }
         let was_unsealed = state.unsealed();
+        self.note_pending(inode);
         let resized = state.resize(&self.volume, open.fd.as_fd(), size);
         inode.set_size(state.size());
         if state.unsealed() {
@@ -111,36 +115,50 @@ impl Filesystem {
         let inode = self.inode(ino)?;
         match inode.kind {
             Kind::Directory => Ok(storage::sync_fd(self.open(&inode)?.fd.as_fd())?),
-            Kind::Regular => {
-                let mark = {
-                    let (mut guard, open) = self.file_mut(&inode)?;
-                    let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
-                    if open.writable {
-                        Some(
-                            state
-                                .flushing(&self.volume, open.fd.as_fd())
-                                .map_err(|error| self.failed(&inode, error))?,
-                        )
-                    } else {
-                        None
-                    }
-                };
-                let open = self.open(&inode)?;
-                let flush = if data_only { storage::sync_data } else { storage::sync_fd };
-                let flushed = flush(open.fd.as_fd());
-                // The kernel reports a lost write once to each descriptor; the sealer may have been the one to hear of it.
-                if inode.sync_failed.swap(false, Ordering::SeqCst) {
-                    return Err(Failed::raw(libc::EIO));
-                }
-                flushed?;
-                if let Some(mark) = mark
-                    && let Some(state) = self.file_mut(&inode)?.0.as_mut()
-                {
-                    state.flushed(mark);
-                }
-                Ok(())
-            }
+            Kind::Regular => self.fsync_file(&inode, data_only),
             Kind::Symlink | Kind::Node => Err(Failed::raw(libc::EINVAL)),
         }
+    }
+
+    /// What is logged is on the medium once the log is; what is not logged once the file itself is.
+    fn fsync_file(&self, inode: &Arc<Inode>, data_only: bool) -> Outcome<()> {
+        let mark = {
+            let (mut guard, open) = self.file_mut(inode)?;
+            let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
+            if open.writable {
+                Some(state.flushing(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error))?)
+            } else {
+                None
+            }
+        };
+        let open = self.open(inode)?;
+        if let (Some(log), Some(mark)) = (self.volume.log(), &mark) {
+            log.flush(mark.log)?;
+            if (mark.settles || !data_only)
+                && let Some(state) = self.file_mut(inode)?.0.as_mut()
+            {
+                state.apply(open.fd.as_fd(), log.flushed())?;
+            }
+        }
+        let flushed = match mark {
+            Some(mark) if data_only && !mark.in_place => Ok(()),
+            _ if data_only => storage::sync_data(open.fd.as_fd()),
+            _ => storage::sync_fd(open.fd.as_fd()),
+        };
+        // The kernel reports a lost write once to each descriptor; the sealer may have been the one to hear of it.
+        if inode.sync_failed.swap(false, Ordering::SeqCst) {
+            return Err(Failed::raw(libc::EIO));
+        }
+        flushed?;
+        if let Some(mark) = mark {
+            let settled = match self.file_mut(inode)?.0.as_mut() {
+                Some(state) => state.flushed(&self.volume, mark).map_err(|error| self.failed(inode, error))?,
+                None => None,
+            };
+            if let (Some(log), Some(record)) = (self.volume.log(), settled) {
+                log.flush(record)?;
+            }
+        }
+        Ok(())
     }
 }

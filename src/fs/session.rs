@@ -127,11 +127,17 @@ impl Mounted {
     ///
     /// # Errors
     /// The system's; nothing stays mounted then.
-    pub fn start(volume: Volume, mountpoint: &Path, options: &MountOptions) -> io::Result<Self> {
+    pub fn start(mut volume: Volume, mountpoint: &Path, options: &MountOptions) -> io::Result<Self> {
+        if !volume.read_only() {
+            volume.begin_log().map_err(|error| io::Error::other(format!("no intent log: {error}")))?;
+        }
         let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1 << 20);
         let fs = Arc::new(Filesystem::new(volume, (files / 4).clamp(64, 4096) as usize, options.acl));
         fs.clean(super::inode::ROOT).map_err(|failed| io::Error::from_raw_os_error(failed.errno()))?;
-        let fuse = mount(fs.volume.path(), mountpoint, options)?;
+        let fuse = mount(fs.volume.path(), mountpoint, options).inspect_err(|_| {
+            // Nothing was mounted: nothing stays.
+            let _ = fs.end_log();
+        })?;
         let device = Arc::new(fuse.try_clone()?);
         let handle = MountHandle { fs: fs.clone(), device, mountpoint: Arc::new(mountpoint.to_owned()) };
         Self::serve(fs, fuse, &handle, options).inspect_err(|_| {
@@ -170,7 +176,12 @@ impl Mounted {
         let _ = self.sealer.join();
         let left = if fs.volume.keys().sealed().is_none() { fs.seal_all() } else { 0 };
         fs.volume.keys().wipe(SealReason::Unmounted);
+        let emptied = fs.end_log();
         ended?;
+        emptied.map_err(|failed| {
+            let cause = io::Error::from_raw_os_error(failed.errno());
+            io::Error::other(format!("the intent log could not be emptied and is kept for the next mount: {cause}"))
+        })?;
         if left > 0 {
             return Err(io::Error::other(format!("{left} files could not be flushed and sealed: see the log")));
         }

@@ -23,8 +23,9 @@ use crate::fs::session::{MountHandle, MountOptions, Mounted};
 use crate::keyring::SealReason;
 use crate::kms::{KeyIdentity, KeyUri};
 use crate::sys::process;
-use crate::volume::Volume;
 use crate::volume::meta::VolumeFile;
+use crate::volume::storage::Errno;
+use crate::volume::{Volume, VolumeError, replay};
 
 /// How long a mount tries to get the volume's lock.
 const LOCK_PATIENCE: Duration = Duration::from_millis(300);
@@ -115,6 +116,7 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
         });
     }
     remember(&pin, &mut warnings)?;
+    warnings.extend(after_unclean_end(&volume)?);
 
     places::make_dir(&runtime).map_err(Error::io(format!("cannot use the runtime directory {}", runtime.display())))?;
     let record = Record::of_self(body.volume_id, body.label.clone(), backing_path.clone(), mountpoint.clone());
@@ -150,6 +152,33 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     files.remove(record.pid);
     started?;
     ended.map_err(|error| Error::Mount(format!("the mount did not end cleanly: {error}")))
+}
+
+/// Replays what the intent log of a mount that did not end cleanly holds. What to tell about it.
+fn after_unclean_end(volume: &Volume) -> Result<Vec<String>, Error> {
+    let done = replay::replay(volume).map_err(|error| {
+        let why = match &error {
+            VolumeError::Backing(errno) if *errno == Errno::NOSPC || *errno == Errno::DQUOT => {
+                "free some space in the backing filesystem".to_owned()
+            }
+            VolumeError::Backing(errno) if *errno == Errno::ROFS => {
+                "it needs one mount with a writable backing filesystem".to_owned()
+            }
+            _ => format!("{error}"),
+        };
+        Error::Mount(format!("the intent log of the last mount, which did not end cleanly, cannot be replayed: {why}"))
+    })?;
+    if done.unclean {
+        tracing::warn!(?done, "the last mount did not end cleanly: its intent log was replayed");
+    }
+    let lost = (done.lost > 0).then(|| {
+        format!(
+            "the intent log of the last mount is damaged: {} of its records are lost, and with them perhaps the last \
+             changes of some files",
+            done.lost
+        )
+    });
+    Ok(lost.into_iter().collect())
 }
 
 /// Canonical path of a mountpoint that is not ours already.

@@ -4,8 +4,13 @@
 //! exclusive for the rest) and passes the backing descriptor in. Reading cannot give wrong bytes: what the header's floor
 //! and seal do not vouch for is [`VolumeError::Damaged`].
 //!
-//! The order of writes is the crash story: see "Order of writes" in the format's document. Overwrites go in place; the
-//! intent log that will make them atomic is not here yet.
+//! The order of writes is the crash story: see "Order of writes" in the format's document. New blocks behind the end of a
+//! file that this mount has opened for changes go in place at once. Everything else goes into the intent log, and stays in
+//! memory ([`overlay`](super::overlay)) until its record is on the medium. Without a log everything goes in place at once,
+//! and a crash can cost a block.
+
+mod change;
+mod durable;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
@@ -15,6 +20,8 @@ use zeroize::Zeroizing;
 use super::content::{self, BlockAad, BlockRange};
 use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
 use super::header::{HEADER_LEN, MUTABLE_AT, MUTABLE_LEN, Mutable, ObjectType, STATIC_LEN, Static};
+use super::log::{Change, Subject};
+use super::overlay::{Holds, Overlay};
 use super::storage::{self, Errno, Timestamps};
 use super::{Damage, Volume, VolumeError};
 use crate::crypto::kdf::DekLabel;
@@ -42,13 +49,34 @@ pub struct FileState {
     /// Left unsealed by an unclean end: blocks above the floor may be zeros that no program wrote. Raising the floor over
     /// them must not turn what reads as zeros into an error.
     recovered: bool,
+    /// Backing inode number, for the log.
+    ino: u64,
+    /// This mount has opened the file for changes: its header is unsealed, here or in the overlay.
+    opened: bool,
+    /// What is logged and not yet in place.
+    overlay: Overlay,
+    /// The last record of this file.
+    logged: u64,
+    /// Contents were written in place since the last flush that covered everything.
+    in_place: u64,
+    /// Generation of the log with the last record that cuts: replayed, it would cut what was written in place after it.
+    cut_in: Option<u64>,
 }
 
-/// Where a flush began; see [`FileState::flushed`].
+/// What an fsync has to flush, and where it began; see [`FileState::flushed`].
 #[derive(Clone, Copy)]
 pub struct FlushMark {
+    /// The log, up to this record.
+    pub log: u64,
+    /// The file itself: not all of its contents are in the log.
+    pub in_place: bool,
+    /// What is pending must be [applied](FileState::apply) before that.
+    pub settles: bool,
     size: u64,
     cuts: u64,
+    writes: u64,
+    /// The file itself held everything.
+    whole: bool,
 }
 
 /// The sealed bytes of one block of the file as it was, to put back if a write fails half-way.
@@ -72,7 +100,22 @@ impl FileState {
         let at = MUTABLE_AT as usize;
         bytes[at..at + 2 * MUTABLE_LEN].copy_from_slice(&mutable.seal(volume.keys(), &header.dek, &volume.id())?);
         storage::write_at(fd, &bytes, 0).map_err(|(_, errno)| errno)?;
-        Ok(Self { header, mutable, size: 0, flushed: 0, cuts: 0, unsealed: true, changes: 0, recovered: false })
+        Ok(Self {
+            header,
+            mutable,
+            size: 0,
+            flushed: 0,
+            cuts: 0,
+            unsealed: true,
+            changes: 0,
+            recovered: false,
+            ino: storage::stat_fd(fd)?.st_ino,
+            opened: true,
+            overlay: Overlay::new(0),
+            logged: 0,
+            in_place: 1,
+            cut_in: None,
+        })
     }
 
     /// Reads and authenticates the header, and holds it against the backing length.
@@ -98,6 +141,12 @@ impl FileState {
             unsealed: !mutable.sealed,
             changes: 0,
             recovered,
+            ino: storage::stat_fd(fd)?.st_ino,
+            opened: false,
+            overlay: Overlay::new(size),
+            logged: 0,
+            in_place: 0,
+            cut_in: None,
         })
     }
 
@@ -137,7 +186,16 @@ impl FileState {
             grow(sealed, range.sealed_len());
             let wanted = (format::backing_len(self.size) - format::block_offset(range.first))
                 .min(range.sealed_len() as u64) as usize;
-            let got = storage::read_at(fd, &mut sealed[..wanted], format::block_offset(range.first))?;
+            let mut got = storage::read_at(fd, &mut sealed[..wanted], format::block_offset(range.first))?;
+            if !self.overlay.is_empty() {
+                sealed[got..wanted].fill(0);
+                got = wanted;
+                for index in range.first..range.end {
+                    let at = ((index - range.first) * SEALED_BLOCK) as usize;
+                    let stored = &mut sealed[at.min(wanted)..(at + SEALED_BLOCK as usize).min(wanted)];
+                    self.lay_over(index, stored);
+                }
+            }
             let sealed = &sealed[..got];
             let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
             volume.keys().with_keys(self.dek(), |keys| {
@@ -164,6 +222,30 @@ impl FileState {
         })
     }
 
+    /// Puts what is pending for a block over what the backing file holds of it.
+    fn lay_over(&self, index: u64, stored: &mut [u8]) {
+        match self.overlay.holds(index) {
+            Holds::Disk => {}
+            Holds::Nothing => stored.fill(0),
+            Holds::Pending(bytes) => {
+                let len = bytes.len().min(stored.len());
+                stored[..len].copy_from_slice(&bytes[..len]);
+            }
+        }
+    }
+
+    /// The sealed bytes of a block of which `len` bytes of plaintext count. Fewer than that: the backing file ends there.
+    fn stored(&self, fd: BorrowedFd<'_>, index: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let mut sealed = vec![0; len + BLOCK_OVERHEAD as usize];
+        let got = storage::read_at(fd, &mut sealed, format::block_offset(index))?;
+        if self.overlay.is_empty() {
+            sealed.truncate(got);
+        } else {
+            self.lay_over(index, &mut sealed);
+        }
+        Ok(sealed)
+    }
+
     /// One block: authentic, or zeros where zeros may be.
     fn open(
         &self,
@@ -182,270 +264,64 @@ impl FileState {
             plain.fill(0);
             return Ok(());
         }
-        if !complete {
-            return Err(ReadError::damaged(Damage::Truncated, index));
+        let opened = if complete {
+            content::open_block(cipher, aad, index, stored, plain).map_err(|_| Damage::Block)
+        } else {
+            Err(Damage::Truncated)
+        };
+        match opened {
+            // Never flushed and cut off by a crash: it might as well not be there at all.
+            Err(_) if above_floor && torn(index, stored, complete) => {
+                plain.fill(0);
+                Ok(())
+            }
+            other => other.map_err(|damage| ReadError::damaged(damage, index)),
         }
-        content::open_block(cipher, aad, index, stored, plain).map_err(|_| ReadError::damaged(Damage::Block, index))
     }
 
-    /// Writes `data` at `offset`, growing the file if need be.
+    /// Whether an unclean end left something above the floor that [`mend`](Self::mend) has not looked at yet.
+    pub fn recovered(&self) -> bool {
+        self.recovered
+    }
+
+    /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
+    /// become the zeros that they read as.
     ///
     /// # Errors
-    /// [`VolumeError::TooLarge`]; [`Damage`] where part of a damaged block would have to be kept; the ring's; the backing
-    /// filesystem's. What was in the file before is then still there, as far as the backing filesystem lets it be put back.
-    pub fn write(&mut self, volume: &Volume, fd: BorrowedFd<'_>, offset: u64, data: &[u8]) -> Result<(), ReadError> {
-        if data.is_empty() {
+    /// [`Damage`] above the floor that no crash explains; the file cannot be sealed then.
+    pub fn mend(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
+        if !self.recovered || !self.overlay.is_empty() {
             return Ok(());
         }
-        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= format::MAX_SIZE);
-        let end = end.ok_or(VolumeError::TooLarge)?;
-        if offset > self.size {
-            self.grow(volume, fd, offset)?;
-        }
-        if end > self.size {
-            self.unseal(volume, fd, false)?;
-        }
-        self.touch();
-        let range = BlockRange::covering(offset, data.len() as u64);
-        let new_size = end.max(self.size);
-
-        // Blocks of which only a part is written: what they hold now.
-        let mut kept = Vec::new();
-        let mut first = Zeroizing::new([0; BLOCK as usize]);
-        let mut last = Zeroizing::new([0; BLOCK as usize]);
-        let head = (offset - range.start()) as usize;
-        if head > 0 || (range.end - range.first == 1 && end < self.size) {
-            self.fetch(volume, fd, range.first, &mut first, &mut kept)?;
-        }
-        if range.end - range.first > 1 && end < self.size && !end.is_multiple_of(BLOCK) {
-            self.fetch(volume, fd, range.end - 1, &mut last, &mut kept)?;
-        }
-
-        // A short last block that is overwritten whole and grows: nothing of it is kept, but it must come back if the write
-        // fails.
-        let tail = self.size / BLOCK;
-        if end > self.size
-            && !self.size.is_multiple_of(BLOCK)
-            && (range.first..range.end).contains(&tail)
-            && !kept.iter().any(|old| old.index == tail)
-        {
-            let mut sealed = vec![0; (self.size % BLOCK + BLOCK_OVERHEAD) as usize];
-            let got = storage::read_at(fd, &mut sealed, format::block_offset(tail))?;
-            sealed.truncate(got);
-            kept.push(OldBlock { index: tail, sealed });
-        }
-
-        SEALED.with_borrow_mut(|sealed| {
-            grow(sealed, range.sealed_len());
-            let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
-            let mut nonces = Vec::with_capacity((range.end - range.first) as usize);
-            for _ in range.first..range.end {
-                nonces.push(random::nonce().map_err(|_| VolumeError::Backing(Errno::IO))?);
-            }
-            let total = volume.keys().with_keys(self.dek(), |keys| {
-                let cipher = keys.cipher(DekLabel::Content);
-                let mut at = 0;
-                for (index, nonce) in (range.first..range.end).zip(&nonces) {
-                    let block = index * BLOCK;
-                    let len = (new_size - block).min(BLOCK) as usize;
-                    let from = offset.saturating_sub(block) as usize;
-                    let until = (end - block).min(BLOCK) as usize;
-                    let source = (block + from as u64 - offset) as usize;
-                    let part = &data[source..source + (until - from)];
-                    let stored = &mut sealed[at..at + len + BLOCK_OVERHEAD as usize];
-                    if part.len() == len {
-                        content::seal_block(&cipher, &mut aad, index, nonce, part, stored);
-                    } else {
-                        let edge = if index == range.first { &mut first } else { &mut last };
-                        edge[from..until].copy_from_slice(part);
-                        content::seal_block(&cipher, &mut aad, index, nonce, &edge[..len], stored);
-                    }
-                    at += stored.len();
-                }
-                at
-            })?;
-            if let Err((done, errno)) = storage::write_at(fd, &sealed[..total], format::block_offset(range.first)) {
-                self.put_back(volume, fd, range, done, &kept);
-                return Err(VolumeError::Backing(errno).into());
-            }
-            self.size = new_size;
-            Ok(())
-        })
-    }
-
-    /// The plaintext of one existing block into `plain` (zeros beyond the end of the file), its sealed bytes into `kept`.
-    fn fetch(
-        &self,
-        volume: &Volume,
-        fd: BorrowedFd<'_>,
-        index: u64,
-        plain: &mut [u8; BLOCK as usize],
-        kept: &mut Vec<OldBlock>,
-    ) -> Result<(), ReadError> {
-        let start = index * BLOCK;
-        if start >= self.size {
-            return Ok(());
-        }
-        let len = (self.size - start).min(BLOCK) as usize;
-        let mut sealed = vec![0; len + BLOCK_OVERHEAD as usize];
-        let got = storage::read_at(fd, &mut sealed, format::block_offset(index))?;
-        sealed.truncate(got);
-        let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
-        volume.keys().with_keys(self.dek(), |keys| {
-            self.open(&keys.cipher(DekLabel::Content), &mut aad, index, &sealed, &mut plain[..len])
-        })??;
-        kept.push(OldBlock { index, sealed });
-        Ok(())
-    }
-
-    /// After a write that failed once `done` bytes were out: leaves no block half old, half new.
-    fn put_back(&self, volume: &Volume, fd: BorrowedFd<'_>, range: BlockRange, done: usize, kept: &[OldBlock]) {
-        let torn = range.first + done as u64 / SEALED_BLOCK;
-        let old_len = format::backing_len(self.size);
-        for old in kept.iter().filter(|old| old.index >= torn || self.size < (old.index + 1) * BLOCK) {
-            if storage::write_at(fd, &old.sealed, format::block_offset(old.index)).is_err() {
-                volume.report(Damage::Block, Some(self.dek().object()), 0, Some(old.index));
-            }
-        }
-        let partly = done as u64 % SEALED_BLOCK;
-        if partly > 0 && torn * BLOCK < self.size && !kept.iter().any(|old| old.index == torn) {
-            // Space ran out inside the block: it was a hole, and a hole it must be again. (Allocated blocks are
-            // overwritten without new space; where that fails the medium is broken, and the block reads as damaged.)
-            let zeros = vec![0; partly as usize];
-            let _ = storage::write_at(fd, &zeros, format::block_offset(torn));
-        }
-        if backing_len_of(fd).is_ok_and(|len| len > old_len) {
-            let _ = storage::set_len(fd, old_len);
-        }
-    }
-
-    /// Changes the size.
-    ///
-    /// # Errors
-    /// As [`write`](Self::write).
-    pub fn resize(&mut self, volume: &Volume, fd: BorrowedFd<'_>, size: u64) -> Result<(), ReadError> {
-        if size > format::MAX_SIZE {
-            return Err(VolumeError::TooLarge.into());
-        }
-        match size.cmp(&self.size) {
-            std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => self.grow(volume, fd, size),
-            std::cmp::Ordering::Less => self.shrink(volume, fd, size),
-        }
-    }
-
-    /// Grows with zeros: the last block is filled up, whole blocks become holes.
-    fn grow(&mut self, volume: &Volume, fd: BorrowedFd<'_>, size: u64) -> Result<(), ReadError> {
-        let filled = self.size.next_multiple_of(BLOCK).min(size);
-        self.unseal(volume, fd, size > filled)?;
-        self.touch();
-        if !self.size.is_multiple_of(BLOCK) {
-            let zeros = [0; BLOCK as usize];
-            let len = (filled - self.size) as usize;
-            self.write(volume, fd, self.size, &zeros[..len])?;
-        }
-        if size > self.size {
-            storage::set_len(fd, format::backing_len(size))?;
-            self.size = size;
-        }
-        Ok(())
-    }
-
-    /// Cuts. A floor above the new size is lowered durably first; then the last block is sealed anew at its new length.
-    fn shrink(&mut self, volume: &Volume, fd: BorrowedFd<'_>, size: u64) -> Result<(), ReadError> {
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
-        let rest = (size % BLOCK) as usize;
-        if rest > 0 {
-            self.fetch(volume, fd, size / BLOCK, &mut plain, &mut Vec::new())?;
-        }
-        if self.mutable.floor > size || self.mutable.sealed {
-            let floor = self.mutable.floor.min(size);
-            self.write_header(volume, fd, Mutable { size, floor, sealed: false, ..self.mutable })?;
-            storage::sync_data(fd)?;
-        }
-        self.touch();
-        self.cuts += 1;
-        self.flushed = self.flushed.min(size);
-        if rest > 0 {
-            let nonce = random::nonce().map_err(|_| VolumeError::Backing(Errno::IO))?;
-            let mut sealed = vec![0; rest + BLOCK_OVERHEAD as usize];
-            let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
+        let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
+        for index in self.mutable.floor / BLOCK..self.size.div_ceil(BLOCK) {
+            let len = (self.size - index * BLOCK).min(BLOCK) as usize;
+            let stored = self.stored(fd, index, len)?;
             volume.keys().with_keys(self.dek(), |keys| {
-                let cipher = keys.cipher(DekLabel::Content);
-                content::seal_block(&cipher, &mut aad, size / BLOCK, &nonce, &plain[..rest], &mut sealed);
-            })?;
-            storage::write_at(fd, &sealed, format::block_offset(size / BLOCK)).map_err(|(_, errno)| errno)?;
-        }
-        storage::set_len(fd, format::backing_len(size))?;
-        self.size = size;
-        Ok(())
-    }
-
-    /// Before the file grows: the header must no longer promise its size, and must admit holes if there will be some.
-    fn unseal(&mut self, volume: &Volume, fd: BorrowedFd<'_>, holes: bool) -> Result<(), ReadError> {
-        if self.mutable.sealed || (holes && !self.mutable.holes) {
-            let was_sealed = self.mutable.sealed;
-            let holes = holes || self.mutable.holes;
-            self.write_header(volume, fd, Mutable { sealed: false, holes, ..self.mutable })?;
-            if was_sealed {
-                // Durably: a power cut that kept the growth but not the header would make the whole file unreadable.
-                storage::sync_data(fd)?;
+                self.open(&keys.cipher(DekLabel::Content), &mut aad, index, &stored, &mut plain[..len])
+            })??;
+            let complete = stored.len() == len + BLOCK_OVERHEAD as usize;
+            if content::is_zero(&plain[..len]) && !(complete && content::is_zero(&stored)) {
+                // Torn, or genuine zeros: the same to whoever reads.
+                let zeros = vec![0; len + BLOCK_OVERHEAD as usize];
+                storage::write_at(fd, &zeros, format::block_offset(index)).map_err(|(_, errno)| errno)?;
             }
         }
         Ok(())
     }
+}
 
-    fn touch(&mut self) {
-        self.unsealed = true;
-        self.changes += 1;
-    }
-
-    fn write_header(&mut self, volume: &Volume, fd: BorrowedFd<'_>, next: Mutable) -> Result<(), VolumeError> {
-        let holes = next.holes || (self.recovered && next.floor > self.mutable.floor);
-        let next = Mutable { counter: self.mutable.counter + 1, holes, ..next };
-        let bytes = next.seal(volume.keys(), self.dek(), &volume.id())?;
-        storage::write_at(fd, &bytes, MUTABLE_AT).map_err(|(_, errno)| errno)?;
-        self.mutable = next;
-        Ok(())
-    }
-
-    /// Begins an fsync: raises the floor to what an *earlier* flush covered, and marks what this one will cover.
-    /// Then the caller flushes, without this lock, and calls [`flushed`](Self::flushed).
-    ///
-    /// # Errors
-    /// The ring's or the backing filesystem's.
-    pub fn flushing(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<FlushMark, VolumeError> {
-        if self.flushed > self.mutable.floor {
-            let floor = self.flushed;
-            let next = Mutable { size: self.size, floor, sealed: false, ..self.mutable };
-            keeping_times(fd, || self.write_header(volume, fd, next))?;
-        }
-        Ok(FlushMark { size: self.size, cuts: self.cuts })
-    }
-
-    /// A flush that began at `mark` has completed.
-    pub fn flushed(&mut self, mark: FlushMark) {
-        if mark.cuts == self.cuts {
-            self.flushed = self.flushed.max(mark.size);
-        }
-    }
-
-    /// Seals the header: floor = size. Only after a flush that covered everything written so far; writing the header does
-    /// not change the backing file's times.
-    ///
-    /// # Errors
-    /// The ring's or the backing filesystem's; the file is then still unsealed, and as good as before.
-    pub fn seal(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeError> {
-        if !self.unsealed {
-            return Ok(());
-        }
-        let size = self.size;
-        let next = Mutable { size, floor: size, sealed: true, ..self.mutable };
-        keeping_times(fd, || self.write_header(volume, fd, next))?;
-        self.flushed = size;
-        self.unsealed = false;
-        Ok(())
-    }
+/// Whether a crash explains what is stored of a block that does not open: the end is missing, or a sector of the backing
+/// file was never written. (Whoever can write there could as well make all of it zeros.)
+fn torn(index: u64, stored: &[u8], complete: bool) -> bool {
+    const SECTOR: u64 = 512;
+    let start = format::block_offset(index);
+    let end = start + stored.len() as u64;
+    let mut sectors = (start.div_ceil(SECTOR)..end / SECTOR)
+        .map(|sector| (sector * SECTOR - start) as usize)
+        .map(|at| &stored[at..at + SECTOR as usize]);
+    !complete || sectors.any(content::is_zero)
 }
 
 /// A failure and, for damage, the block it was found in.
@@ -478,7 +354,7 @@ pub fn check_empty(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeErro
     if mutable.floor > 0 { Err(VolumeError::Damaged(Damage::Truncated)) } else { Ok(()) }
 }
 
-fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(Static, Mutable), VolumeError> {
+pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(Static, Mutable), VolumeError> {
     let mut bytes = [0; HEADER_LEN];
     if storage::read_at(fd, &mut bytes, 0)? != HEADER_LEN {
         return Err(VolumeError::Damaged(Damage::Header));
@@ -502,7 +378,10 @@ fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(Static, Mutable),
 }
 
 /// Runs `write` and puts the backing file's times back: what is written is ours, not the program's.
-fn keeping_times<T>(fd: BorrowedFd<'_>, write: impl FnOnce() -> Result<T, VolumeError>) -> Result<T, VolumeError> {
+pub(super) fn keeping_times<T>(
+    fd: BorrowedFd<'_>,
+    write: impl FnOnce() -> Result<T, VolumeError>,
+) -> Result<T, VolumeError> {
     let before = storage::stat_fd(fd)?;
     let written = write()?;
     let _ = storage::set_times_fd(
@@ -529,5 +408,7 @@ fn grow(buffer: &mut Vec<u8>, len: usize) {
     }
 }
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod tests;

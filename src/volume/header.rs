@@ -144,6 +144,9 @@ pub struct Mutable {
     pub sealed: bool,
     /// All-zero blocks are holes.
     pub holes: bool,
+    /// Counter of the header that was there when the file was last opened for changes: which records of an intent log
+    /// are about this state of the file, and not an older or newer one.
+    pub opened: u64,
 }
 
 impl Mutable {
@@ -154,6 +157,7 @@ impl Mutable {
         plain[16..24].copy_from_slice(&self.floor.to_le_bytes());
         let flags = u32::from(self.sealed) | u32::from(self.holes) << 1;
         plain[24..28].copy_from_slice(&flags.to_le_bytes());
+        plain[28..36].copy_from_slice(&self.opened.to_le_bytes());
         plain
     }
 
@@ -213,12 +217,13 @@ impl Mutable {
     /// `None`: a flag of the future, which only a newer program would understand.
     fn parse(plain: &[u8; MUTABLE_PLAIN]) -> Option<Self> {
         let flags = read_u32(plain, 24);
-        (flags & !3 == 0 && read_u64(plain, 28) == 0).then(|| Self {
+        (flags & !3 == 0).then(|| Self {
             counter: read_u64(plain, 0),
             size: read_u64(plain, 8),
             floor: read_u64(plain, 16),
             sealed: flags & 1 != 0,
             holes: flags & 2 != 0,
+            opened: read_u64(plain, 28),
         })
     }
 }
@@ -270,7 +275,7 @@ mod tests {
         let ring = ring();
         let header = Static::make(&ring, ObjectId([9; 16]), ObjectType::Regular, 0).unwrap();
         let volume = VolumeId([1; 16]);
-        let state = Mutable { counter: 7, size: 5000, floor: 4096, sealed: false, holes: true };
+        let state = Mutable { counter: 7, size: 5000, floor: 4096, sealed: false, holes: true, opened: 3 };
         let bytes = state.seal(&ring, &header.dek, &volume).unwrap();
         for bit in 0..bytes.len() * 8 {
             let mut altered = bytes;

@@ -162,6 +162,11 @@ pub fn set_len(fd: BorrowedFd<'_>, len: u64) -> Result<()> {
     sys::ftruncate(fd, len)
 }
 
+/// Makes a file at least so long, with space for all of it.
+pub fn allocate(fd: BorrowedFd<'_>, len: u64) -> Result<()> {
+    sys::fallocate(fd, sys::FallocateFlags::empty(), 0, len)
+}
+
 /// fdatasync(2): contents and the size.
 pub fn sync_data(fd: BorrowedFd<'_>) -> Result<()> {
     sys::fdatasync(fd)
@@ -217,6 +222,8 @@ pub struct RawEntry<'a> {
     pub ino: u64,
     /// Position after it.
     pub next: u64,
+    /// Its type, if the filesystem says.
+    pub kind: FileType,
 }
 
 /// Calls `each` for the entries of a directory from position `from` on, until it says `false` or they end.
@@ -232,8 +239,12 @@ pub fn read_dir(dir: BorrowedFd<'_>, from: u64, mut each: impl FnMut(RawEntry<'_
     let mut entries = sys::RawDir::new(&own, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
-        let more =
-            each(RawEntry { name: entry.file_name().to_bytes(), ino: entry.ino(), next: entry.next_entry_cookie() });
+        let more = each(RawEntry {
+            name: entry.file_name().to_bytes(),
+            ino: entry.ino(),
+            next: entry.next_entry_cookie(),
+            kind: entry.file_type(),
+        });
         if !more {
             break;
         }

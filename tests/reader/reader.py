@@ -308,8 +308,8 @@ class Volume:
                 self.errors.append(str(e))
                 continue
             flags = num(plain[24:28])
-            if flags & ~(SEALED | HOLES) or any(plain[28:36]):
-                raise Trouble("mutable header has unknown flags or reserved bytes set")
+            if flags & ~(SEALED | HOLES):
+                raise Trouble("mutable header has unknown flags set")
             opened.append(Mutable(num(plain[:8]), num(plain[8:16]), num(plain[16:24]), flags))
         if not opened:
             raise Trouble("no mutable header opens")
@@ -472,6 +472,9 @@ class Volume:
         if name.startswith("lethefs.name."):
             if "lethefs.long." + name.removeprefix("lethefs.name.") not in names:
                 self.warnings.append(f"sidecar without its entry: {name}")
+            return True
+        if root and name in ("lethefs.log.0", "lethefs.log.1"):
+            self.warnings.append(f"{name}: mounted, or not unmounted cleanly: the last changes may be only in the log")
             return True
         at_root = ("lethefs.volume", "lethefs.volume.bak", "lethefs.overflow", "lethefs.erase")
         return name == "lethefs.dir" or root and name in at_root

@@ -98,7 +98,7 @@ proptest! {
                 }
                 Op::Sync => {
                     let mark = state.flushing(volume, fd).unwrap();
-                    state.flushed(mark);
+                    state.flushed(volume, mark).unwrap();
                 }
                 Op::Seal => state.seal(volume, fd).unwrap(),
                 Op::Reload => state = FileState::load(volume, fd).unwrap(),
@@ -187,7 +187,7 @@ fn above_the_floor_only_zeros_are_forgiven() {
     let (fd, mut state) = fixture.create("f");
     state.write(volume, fd.as_fd(), 0, &contents(8192)).unwrap();
     let mark = state.flushing(volume, fd.as_fd()).unwrap();
-    state.flushed(mark);
+    state.flushed(volume, mark).unwrap();
     state.write(volume, fd.as_fd(), 8192, &contents(8192)).unwrap();
     state.flushing(volume, fd.as_fd()).unwrap();
     let original = fixture.bytes("f");

@@ -1,0 +1,177 @@
+//! What a file's header promises, and what makes it true: the intent log, flushes, the seal.
+
+use super::*;
+
+impl FileState {
+    /// Before a change: the header must no longer promise what is about to end. Without a log only growth ends anything.
+    pub(super) fn open_for_changes(
+        &mut self,
+        volume: &Volume,
+        fd: BorrowedFd<'_>,
+        grows: bool,
+        holes: bool,
+    ) -> Result<(), ReadError> {
+        let logged = volume.log().is_some();
+        let unseals = if logged { !self.opened } else { grows && self.mutable.sealed };
+        if unseals || (holes && !self.mutable.holes) {
+            let holes = holes || self.mutable.holes;
+            let next = Mutable { sealed: false, holes, opened: self.opening(volume), ..self.mutable };
+            self.write_header(volume, fd, next)?;
+            if unseals && !logged {
+                // Durably: a power cut that kept the growth but not the header would make the whole file unreadable.
+                storage::sync_data(fd)?;
+            }
+        }
+        self.opened = true;
+        Ok(())
+    }
+
+    /// What the next header says of the header before the changes.
+    pub(super) fn opening(&self, volume: &Volume) -> u64 {
+        if self.opened || volume.log().is_none() { self.mutable.opened } else { self.mutable.counter }
+    }
+
+    /// Logs a change, which is done once its record is on the medium. Gives the log's generation.
+    pub(super) fn log(&mut self, volume: &Volume, change: Change) -> Result<u64, VolumeError> {
+        let Some(log) = volume.log() else { unreachable!("the caller asked") };
+        let subject = Subject {
+            object: self.dek().object(),
+            ino: self.ino,
+            root: log.root(),
+            // The one before may be what a power cut left; older ones are not.
+            low: self.mutable.opened.saturating_sub(1),
+            opened: self.mutable.opened,
+        };
+        let (sequence, generation) = log.append(volume.keys(), &subject, &change)?;
+        self.overlay.push(sequence, change);
+        self.logged = sequence;
+        Ok(generation)
+    }
+
+    /// Does what was logged and is on the medium by now. Says whether all of it is done.
+    ///
+    /// # Errors
+    /// The backing filesystem's. What could not be done stays pending, and readable.
+    pub fn apply(&mut self, fd: BorrowedFd<'_>, flushed: u64) -> Result<bool, Errno> {
+        if !self.overlay.is_empty() {
+            keeping_times(fd, || Ok(self.overlay.apply(fd, flushed)?)).map_err(|error| match error {
+                VolumeError::Backing(errno) => errno,
+                _ => Errno::IO,
+            })?;
+        }
+        Ok(self.overlay.is_empty())
+    }
+
+    /// The last record that is pending.
+    pub fn pending(&self) -> Option<u64> {
+        self.overlay.last()
+    }
+
+    pub(super) fn touch(&mut self) {
+        self.unsealed = true;
+        self.changes += 1;
+    }
+
+    pub(super) fn write_header(
+        &mut self,
+        volume: &Volume,
+        fd: BorrowedFd<'_>,
+        next: Mutable,
+    ) -> Result<(), VolumeError> {
+        self.write_header_by(volume, fd, next, false)
+    }
+
+    pub(super) fn write_header_by(
+        &mut self,
+        volume: &Volume,
+        fd: BorrowedFd<'_>,
+        next: Mutable,
+        logged: bool,
+    ) -> Result<(), VolumeError> {
+        let holes = next.holes || (self.recovered && next.floor > self.mutable.floor);
+        let next = Mutable { counter: self.mutable.counter + 1, holes, ..next };
+        let bytes = next.seal(volume.keys(), self.dek(), &volume.id())?;
+        // One sector, written as a whole: in place where nothing it depends on is pending.
+        if volume.log().is_none() || (self.opened && self.overlay.is_empty() && !logged) {
+            storage::write_at(fd, &bytes, MUTABLE_AT).map_err(|(_, errno)| errno)?;
+            self.mutable = next;
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut self.mutable, next);
+        self.log(volume, Change::Header(bytes)).inspect_err(|_| self.mutable = before)?;
+        Ok(())
+    }
+
+    /// Begins an fsync: raises the floor to what an *earlier* flush covered, and says what to flush.
+    /// Then the caller flushes, without this lock, and calls [`flushed`](Self::flushed).
+    ///
+    /// # Errors
+    /// The ring's or the backing filesystem's.
+    pub fn flushing(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<FlushMark, VolumeError> {
+        let whole = self.overlay.is_empty();
+        if self.flushed > self.mutable.floor && whole && self.opened {
+            let floor = self.flushed;
+            let next = Mutable { size: self.size, floor, sealed: false, ..self.mutable };
+            keeping_times(fd, || self.write_header(volume, fd, next))?;
+        }
+        let in_place = self.in_place > 0 || volume.log().is_none();
+        // Replayed, a record that cuts would cut what is about to be flushed in place.
+        let cut = self.cut_in.is_some_and(|generation| volume.log().is_some_and(|log| generation >= log.oldest()));
+        Ok(FlushMark {
+            log: self.logged,
+            in_place,
+            settles: in_place && cut,
+            size: self.size,
+            cuts: self.cuts,
+            writes: self.in_place,
+            whole,
+        })
+    }
+
+    /// A flush that began at `mark` has completed. Gives a record that has to be on the medium, too, before anything is
+    /// promised.
+    ///
+    /// # Errors
+    /// The ring's; an earlier failure of the log.
+    pub fn flushed(&mut self, volume: &Volume, mark: FlushMark) -> Result<Option<u64>, VolumeError> {
+        if mark.cuts == self.cuts && mark.whole && mark.in_place {
+            self.flushed = self.flushed.max(mark.size);
+        }
+        if mark.in_place && mark.writes == self.in_place {
+            self.in_place = 0;
+        }
+        if !mark.settles {
+            return Ok(None);
+        }
+        self.log(volume, Change::Settled { until: mark.log })?;
+        if mark.cuts == self.cuts {
+            self.cut_in = None;
+        }
+        Ok(Some(self.logged))
+    }
+
+    /// Seals the header: floor = size. Only after a flush that covered everything written so far; writing the header does
+    /// not change the backing file's times.
+    ///
+    /// # Errors
+    /// The ring's or the backing filesystem's; the file is then still unsealed, and as good as before.
+    pub fn seal(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeError> {
+        if !self.unsealed {
+            return Ok(());
+        }
+        if !self.overlay.is_empty() {
+            return Err(Errno::BUSY.into());
+        }
+        // In place: everything that it promises has been flushed.
+        self.opened = true;
+        let size = self.size;
+        let next = Mutable { size, floor: size, sealed: true, ..self.mutable };
+        keeping_times(fd, || self.write_header(volume, fd, next))?;
+        self.flushed = size;
+        self.unsealed = false;
+        self.opened = false;
+        self.in_place = 0;
+        self.cut_in = None;
+        Ok(())
+    }
+}

@@ -1,0 +1,243 @@
+//! After an unclean end: does what the intent log says and the files do not show yet (docs/FORMAT.md section 12).
+//!
+//! Everything here can be done again, and again after a crash in the middle of it. A record touches only a file that is in
+//! the state that the record was written about: not one that was put back from a backup, not a copy, not one that was
+//! sealed afterwards.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use zeroize::Zeroizing;
+
+use super::content::{self, BlockAad};
+use super::file::{keeping_times, read_header};
+use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
+use super::header::{self, MUTABLE_AT, Mutable, STATIC_LEN, Static};
+use super::log::{self, Change, Record, Subject};
+use super::storage::{self, Errno, FileType};
+use super::{Damage, Volume, VolumeError, names};
+use crate::crypto::ObjectId;
+use crate::crypto::kdf::DekLabel;
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    /// There was a log: the last end was not a clean one.
+    pub unclean: bool,
+    /// Files that were changed.
+    pub files: u64,
+    /// Records that had something to say about them.
+    pub records: u64,
+    /// Files in the log that are not there, or not in the state that it is about: removed, put back, sealed since.
+    pub passed_over: u64,
+    /// Records lost to damage of the log.
+    pub lost: u64,
+}
+
+/// Replays the log, if there is one, and removes it.
+///
+/// # Errors
+/// The ring's; the backing filesystem's, a full disk among them. The log is still there then.
+pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
+    let root = volume.root().as_fd();
+    let found = log::read(root, volume.keys())?;
+    let mut done = Replayed { unclean: found.any, lost: found.lost, ..Replayed::default() };
+    if !found.any {
+        return Ok(done);
+    }
+    if found.lost > 0 {
+        volume.report(Damage::Log, None, 0, None);
+    }
+    let mut by_object: HashMap<ObjectId, Vec<Record>> = HashMap::new();
+    for record in found.records {
+        by_object.entry(record.subject.object).or_default().push(record);
+    }
+    let places = find(volume, &by_object)?;
+    for (object, records) in &by_object {
+        let Some(file) = places.get(object) else {
+            done.passed_over += 1;
+            continue;
+        };
+        match apply(volume, file.as_fd(), records) {
+            Ok(0) => done.passed_over += 1,
+            Ok(n) => (done.files, done.records) = (done.files + 1, done.records + n),
+            // Its own damage; the log cannot help.
+            Err(VolumeError::Damaged(damage)) => {
+                volume.report(damage, Some(*object), storage::stat_fd(file.as_fd())?.st_ino, None);
+                done.passed_over += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    // Also what the files hold without a record: from here on it is on the medium.
+    storage::sync_filesystem(root)?;
+    log::remove(root)?;
+    storage::sync_fd(root)?;
+    Ok(done)
+}
+
+/// The files that records are about, wherever they are now.
+fn find(volume: &Volume, wanted: &HashMap<ObjectId, Vec<Record>>) -> Result<HashMap<ObjectId, OwnedFd>, VolumeError> {
+    let root = volume.root().as_fd();
+    let root_ino = storage::stat_fd(root)?.st_ino;
+    let subjects: HashMap<ObjectId, Subject> =
+        wanted.iter().filter_map(|(id, records)| Some((*id, records.last()?.subject))).collect();
+    // On the filesystem that the log was written on, a file with another number is a copy or was put back. If the volume
+    // was moved as a whole, every number is another one: then the headers tell, as long as they tell files apart.
+    let moved = subjects.values().any(|subject| subject.root != root_ino);
+    let numbers: HashSet<u64> = subjects.values().map(|subject| subject.ino).collect();
+    let mut found: HashMap<ObjectId, OwnedFd> = HashMap::new();
+    let mut twice = HashSet::new();
+    let mut directories = vec![storage::open_dir(root, ".")?];
+    while let Some(directory) = directories.pop() {
+        if !moved && found.len() == subjects.len() {
+            break;
+        }
+        let (mut files, mut below) = (Vec::new(), Vec::new());
+        storage::read_dir(directory.as_fd(), 0, |entry| {
+            if !names::is_entry(entry.name) {
+                return true;
+            }
+            let kind = match entry.kind {
+                FileType::Unknown => {
+                    storage::stat(directory.as_fd(), entry.name).map_or(FileType::Unknown, |s| storage::file_type(&s))
+                }
+                known => known,
+            };
+            match kind {
+                FileType::Directory => below.push(entry.name.to_vec()),
+                FileType::RegularFile if moved || numbers.contains(&entry.ino) => files.push(entry.name.to_vec()),
+                _ => {}
+            }
+            true
+        })?;
+        for name in files {
+            let file = match storage::open_file(directory.as_fd(), &name, true) {
+                Ok(file) => file,
+                // Not a file of ours, whatever it is.
+                Err(Errno::LOOP | Errno::NXIO) => continue,
+                Err(errno) => return Err(errno.into()),
+            };
+            let mut head = [0; STATIC_LEN];
+            if storage::read_at(file.as_fd(), &mut head, 0)? != STATIC_LEN {
+                continue;
+            }
+            let Some(id) = header::claimed_id(&head) else { continue };
+            let Some(subject) = subjects.get(&id) else { continue };
+            let ino = storage::stat_fd(file.as_fd())?.st_ino;
+            if !moved && ino != subject.ino {
+                continue;
+            }
+            // Two names of one file are one file.
+            let same = |other: &OwnedFd| storage::stat_fd(other.as_fd()).is_ok_and(|stat| stat.st_ino == ino);
+            if found.get(&id).is_some_and(|other| !same(other)) {
+                twice.insert(id);
+            }
+            found.insert(id, file);
+        }
+        for name in below {
+            directories.push(storage::open_dir(directory.as_fd(), &name)?);
+        }
+    }
+    found.retain(|id, _| !twice.contains(id));
+    Ok(found)
+}
+
+/// Whether records about this state of a file are about what is there.
+fn concerns(subject: &Subject, header: &Mutable) -> bool {
+    // Opened for changes, and not sealed since.
+    let opened = !header.sealed && header.opened == subject.opened;
+    // The header that opened it is only in the log; or the seal before that never reached the medium.
+    let sealed_then = header.counter == subject.opened && subject.opened > 0;
+    let seal_lost = !header.sealed && (subject.low..subject.opened).contains(&header.counter);
+    opened || sealed_then || seal_lost
+}
+
+/// Does what the records say, in order. How many there were to do.
+fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64, VolumeError> {
+    let (header, at_first) = read_header(volume, fd)?;
+    let void = records
+        .iter()
+        .filter_map(|record| match record.change {
+            Change::Settled { until } => Some(until),
+            _ => None,
+        })
+        .max();
+    let todo: Vec<&Record> = records
+        .iter()
+        .filter(|record| concerns(&record.subject, &at_first) && void.is_none_or(|until| record.sequence > until))
+        .filter(|record| !matches!(record.change, Change::Settled { .. }))
+        .collect();
+    if todo.is_empty() {
+        return Ok(0);
+    }
+    keeping_times(fd, || {
+        let mut now = at_first;
+        for record in &todo {
+            // Whatever is done next, the header must allow it: the record that opened the file may be lost.
+            if !matches!(record.change, Change::Header(_)) && (now.sealed || now.opened != record.subject.opened) {
+                let next = Mutable { sealed: false, opened: record.subject.opened, ..now };
+                now =
+                    write_header(volume, fd, &header, Mutable { counter: next.counter.max(next.opened) + 1, ..next })?;
+            }
+            match &record.change {
+                Change::Header(bytes) => {
+                    let next = Mutable::open(volume.keys(), &header.dek, &volume.id(), bytes)?;
+                    // A later one may have been written in place since.
+                    if next.counter > now.counter {
+                        storage::write_at(fd, bytes, MUTABLE_AT).map_err(|(_, errno)| errno)?;
+                        now = next;
+                    }
+                }
+                Change::Blocks { first, sealed } => write_blocks(volume, fd, &header, *first, sealed)?,
+                Change::Cut { size, tail } => {
+                    if now.floor > *size {
+                        let next = Mutable { counter: now.counter + 1, floor: *size, size: *size, ..now };
+                        now = write_header(volume, fd, &header, next)?;
+                    }
+                    storage::set_len(fd, format::backing_len(*size))?;
+                    if !tail.is_empty() {
+                        write_blocks(volume, fd, &header, size / BLOCK, tail)?;
+                    }
+                }
+                Change::Grow { size } => {
+                    let len = format::backing_len(*size);
+                    if storage::stat_fd(fd)?.st_size < len as i64 {
+                        storage::set_len(fd, len)?;
+                    }
+                }
+                Change::Settled { .. } => {}
+            }
+        }
+        Ok(todo.len() as u64)
+    })
+}
+
+fn write_header(volume: &Volume, fd: BorrowedFd<'_>, header: &Static, next: Mutable) -> Result<Mutable, VolumeError> {
+    let bytes = next.seal(volume.keys(), &header.dek, &volume.id())?;
+    storage::write_at(fd, &bytes, MUTABLE_AT).map_err(|(_, errno)| errno)?;
+    Ok(next)
+}
+
+/// Writes blocks that are the file's own.
+fn write_blocks(
+    volume: &Volume,
+    fd: BorrowedFd<'_>,
+    header: &Static,
+    first: u64,
+    sealed: &[u8],
+) -> Result<(), VolumeError> {
+    let mut aad = BlockAad::new(&volume.id(), &header.dek.object());
+    let mut plain = Zeroizing::new([0; BLOCK as usize]);
+    let genuine = volume.keys().with_keys(&header.dek, |keys| {
+        let cipher = keys.cipher(DekLabel::Content);
+        sealed.chunks(SEALED_BLOCK as usize).zip(first..).all(|(block, index)| {
+            let len = block.len().saturating_sub(BLOCK_OVERHEAD as usize);
+            len > 0 && content::open_block(&cipher, &mut aad, index, block, &mut plain[..len]).is_ok()
+        })
+    })?;
+    if !genuine {
+        return Err(VolumeError::Damaged(Damage::Log));
+    }
+    Ok(storage::write_at(fd, sealed, format::block_offset(first)).map_err(|(_, errno)| errno)?)
+}
