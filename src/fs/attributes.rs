@@ -148,8 +148,7 @@ impl Filesystem {
     /// that is not there, so that a read comes to us and fails, instead of ending quietly in the kernel.
     fn regular_size(&self, inode: &Arc<Inode>, stat: &Stat) -> Outcome<u64> {
         match format::plain_size(stat.st_size as u64) {
-            None => Ok(1),
-            Some(0) => {
+            None | Some(0) => {
                 let known = inode.file.try_read().map(|state| state.is_some()).unwrap_or(true);
                 if known {
                     return Ok(0);

@@ -94,12 +94,9 @@ impl FileState {
         let id = ObjectId::random().map_err(|_| Errno::IO)?;
         let header = Static::make(volume.keys(), id, ObjectType::Regular, 0)?;
         let mutable = Mutable { counter: 1, ..Mutable::default() };
-        let mut bytes = [0; HEADER_LEN];
-        bytes[..STATIC_LEN].copy_from_slice(&header.bytes());
-        bytes[STATIC_LEN..2 * STATIC_LEN].copy_from_slice(&header.bytes());
-        let at = MUTABLE_AT as usize;
-        bytes[at..at + 2 * MUTABLE_LEN].copy_from_slice(&mutable.seal(volume.keys(), &header.dek, &volume.id())?);
-        storage::write_at(fd, &bytes, 0).map_err(|(_, errno)| errno)?;
+        write_header_anew(volume, fd, &header, mutable)?;
+        // Where it cannot be, a power cut before the first flush makes the file unreadable.
+        let _ = storage::set_xattr_fd(fd, format::BIRTH, &header.bytes());
         Ok(Self {
             header,
             mutable,
@@ -123,8 +120,11 @@ impl FileState {
     /// # Errors
     /// Any [`Damage`] of a header, [`Damage::Truncated`], [`Damage::Extended`]; the ring's; the backing filesystem's.
     pub fn load(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Self, VolumeError> {
-        let size = backing_size(fd)?;
-        let (header, mutable) = read_header(volume, fd)?;
+        let Header { header, mutable, newborn } = read_header(volume, fd)?;
+        if newborn && !volume.read_only() {
+            write_header_anew(volume, fd, &header, mutable)?;
+        }
+        let size = format::plain_size(backing_len_of(fd)?).unwrap_or(0);
         if size < mutable.floor || (mutable.sealed && size < mutable.size) {
             return Err(VolumeError::Damaged(Damage::Truncated));
         }
@@ -350,13 +350,29 @@ impl<E: Into<VolumeError>> From<E> for ReadError {
 /// # Errors
 /// As [`FileState::load`].
 pub fn check_empty(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeError> {
-    let (_, mutable) = read_header(volume, fd)?;
+    let mutable = read_header(volume, fd)?.mutable;
     if mutable.floor > 0 { Err(VolumeError::Damaged(Damage::Truncated)) } else { Ok(()) }
 }
 
-pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(Static, Mutable), VolumeError> {
+/// What a regular file's header says.
+pub(super) struct Header {
+    pub(super) header: Static,
+    pub(super) mutable: Mutable,
+    /// There is none: a power cut came before the first flush, and only the attribute of its birth is left.
+    pub(super) newborn: bool,
+}
+
+/// Reads and authenticates a header.
+pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header, VolumeError> {
     let mut bytes = [0; HEADER_LEN];
-    if storage::read_at(fd, &mut bytes, 0)? != HEADER_LEN {
+    let got = storage::read_at(fd, &mut bytes, 0)?;
+    if content::is_zero(&bytes)
+        && let Some(birth) = storage::get_xattr_fd(fd, format::BIRTH)
+    {
+        let header = Static::open_as(volume.keys(), &birth, ObjectType::Regular)?;
+        return Ok(Header { header, mutable: Mutable { counter: 1, ..Mutable::default() }, newborn: true });
+    }
+    if got != HEADER_LEN {
         return Err(VolumeError::Damaged(Damage::Header));
     }
     let (Some(a), Some(b)) = (bytes.first_chunk(), bytes[STATIC_LEN..].first_chunk()) else {
@@ -374,7 +390,22 @@ pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<(Static
         return Err(VolumeError::Damaged(Damage::Header));
     };
     let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
-    Ok((header, mutable))
+    Ok(Header { header, mutable, newborn: false })
+}
+
+/// Writes all of a header.
+pub(super) fn write_header_anew(
+    volume: &Volume,
+    fd: BorrowedFd<'_>,
+    header: &Static,
+    mutable: Mutable,
+) -> Result<(), VolumeError> {
+    let mut bytes = [0; HEADER_LEN];
+    bytes[..STATIC_LEN].copy_from_slice(&header.bytes());
+    bytes[STATIC_LEN..2 * STATIC_LEN].copy_from_slice(&header.bytes());
+    let at = MUTABLE_AT as usize;
+    bytes[at..at + 2 * MUTABLE_LEN].copy_from_slice(&mutable.seal(volume.keys(), &header.dek, &volume.id())?);
+    Ok(storage::write_at(fd, &bytes, 0).map_err(|(_, errno)| errno)?)
 }
 
 /// Runs `write` and puts the backing file's times back: what is written is ours, not the program's.
@@ -396,10 +427,6 @@ pub(super) fn keeping_times<T>(
 
 fn backing_len_of(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
     Ok(storage::stat_fd(fd)?.st_size as u64)
-}
-
-fn backing_size(fd: BorrowedFd<'_>) -> Result<u64, VolumeError> {
-    format::plain_size(backing_len_of(fd)?).ok_or(VolumeError::Damaged(Damage::Header))
 }
 
 fn grow(buffer: &mut Vec<u8>, len: usize) {

@@ -17,6 +17,9 @@ pub const DIR_HEADER: &str = "lethefs.dir";
 pub const OVERFLOW_DIR: &str = "lethefs.overflow";
 /// The journal of an erase.
 pub const ERASE_FILE: &str = "lethefs.erase";
+/// Attribute of a regular file that was not sealed yet: its static header once more. Unlike contents it is journalled with
+/// the file's making, so that a power cut does not leave a file without a key.
+pub const BIRTH: &str = "user.lethefs-birth";
 /// What all names of ours begin with.
 pub const OWN_PREFIX: &str = "lethefs.";
 /// An entry whose encrypted name is too long.

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
 use super::content::{self, BlockAad};
-use super::file::{keeping_times, read_header};
+use super::file::{Header, keeping_times, read_header, write_header_anew};
 use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
 use super::header::{self, MUTABLE_AT, Mutable, STATIC_LEN, Static};
 use super::log::{self, Change, Record, Subject};
@@ -119,8 +119,9 @@ fn find(volume: &Volume, wanted: &HashMap<ObjectId, Vec<Record>>) -> Result<Hash
                 Err(errno) => return Err(errno.into()),
             };
             let mut head = [0; STATIC_LEN];
-            if storage::read_at(file.as_fd(), &mut head, 0)? != STATIC_LEN {
-                continue;
+            storage::read_at(file.as_fd(), &mut head, 0)?;
+            if content::is_zero(&head) {
+                head = storage::get_xattr_fd(file.as_fd(), format::BIRTH).unwrap_or(head);
             }
             let Some(id) = header::claimed_id(&head) else { continue };
             let Some(subject) = subjects.get(&id) else { continue };
@@ -155,7 +156,7 @@ fn concerns(subject: &Subject, header: &Mutable) -> bool {
 
 /// Does what the records say, in order. How many there were to do.
 fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64, VolumeError> {
-    let (header, at_first) = read_header(volume, fd)?;
+    let Header { header, mutable: at_first, newborn } = read_header(volume, fd)?;
     let void = records
         .iter()
         .filter_map(|record| match record.change {
@@ -172,6 +173,9 @@ fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64,
         return Ok(0);
     }
     keeping_times(fd, || {
+        if newborn {
+            write_header_anew(volume, fd, &header, at_first)?;
+        }
         let mut now = at_first;
         for record in &todo {
             // Whatever is done next, the header must allow it: the record that opened the file may be lost.

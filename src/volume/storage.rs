@@ -273,6 +273,22 @@ pub fn set_xattr(held: BorrowedFd<'_>, name: &OsStr, value: &[u8], flags: i32) -
     sys::setxattr(proc_path(held), name, value, sys::XattrFlags::from_bits_retain(flags as u32))
 }
 
+/// fgetxattr(2) of a short value; `None` where there is none, or none of just this length.
+pub fn get_xattr_fd<const N: usize>(fd: BorrowedFd<'_>, name: &str) -> Option<[u8; N]> {
+    let mut value = [0; N];
+    (sys::fgetxattr(fd, name, &mut value[..]).ok()? == N).then_some(value)
+}
+
+/// fsetxattr(2).
+pub fn set_xattr_fd(fd: BorrowedFd<'_>, name: &str, value: &[u8]) -> Result<()> {
+    sys::fsetxattr(fd, name, value, sys::XattrFlags::empty())
+}
+
+/// fremovexattr(2).
+pub fn remove_xattr_fd(fd: BorrowedFd<'_>, name: &str) -> Result<()> {
+    sys::fremovexattr(fd, name)
+}
+
 /// removexattr(2).
 pub fn remove_xattr(held: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
     sys::removexattr(proc_path(held), name)

@@ -297,7 +297,7 @@ impl TestVolume {
     pub(crate) fn crash(&self) {
         rustix::process::kill_process(self.daemon(), Signal::KILL).unwrap();
         assert_eq!(self.daemon_exit(), None);
-        detach_all(&self.root);
+        detach_all(&self.mnt());
     }
 
     /// What the daemons logged.

@@ -167,6 +167,8 @@ impl FileState {
         let size = self.size;
         let next = Mutable { size, floor: size, sealed: true, ..self.mutable };
         keeping_times(fd, || self.write_header(volume, fd, next))?;
+        // Of no more use; and no way back to an empty file for whoever zeroes the header.
+        let _ = storage::remove_xattr_fd(fd, format::BIRTH);
         self.flushed = size;
         self.unsealed = false;
         self.opened = false;
