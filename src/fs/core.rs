@@ -405,7 +405,10 @@ impl Filesystem {
                 let done = guard.as_mut().map_or(Ok(true), |state| state.apply(open.fd.as_fd(), flushed));
                 if done == Ok(true) {
                     // Under the content lock: a writer notes the file anew before it changes anything.
-                    lock(&self.pending).remove(&inode.ino);
+                    let mut pending = lock(&self.pending);
+                    if pending.get(&inode.ino).is_some_and(|held| Arc::ptr_eq(held, &inode)) {
+                        pending.remove(&inode.ino);
+                    }
                 }
                 Ok(done.map(drop)?)
             });
@@ -416,7 +419,7 @@ impl Filesystem {
                     lock(&self.pending).remove(&inode.ino);
                 }
                 Err(failed) => {
-                    inode.sync_failed.store(true, Ordering::SeqCst);
+                    inode.sync_failed.store(failed.errno(), Ordering::SeqCst);
                     tracing::warn!(
                         backing_ino = inode.ino,
                         errno = failed.errno(),
@@ -542,10 +545,10 @@ impl Filesystem {
             }
         }
         let by_syncfs = ready.len() >= SYNCFS_FROM;
-        if by_syncfs && storage::sync_filesystem(self.volume.root().as_fd()).is_err() {
+        if by_syncfs && let Err(errno) = storage::sync_filesystem(self.volume.root().as_fd()) {
             // The kernel reports a lost write once: whoever asks for these files next must hear of it.
             for (inode, _) in &ready {
-                inode.sync_failed.store(true, Ordering::SeqCst);
+                inode.sync_failed.store(errno.raw_os_error(), Ordering::SeqCst);
             }
             return left + ready.len();
         }
@@ -578,7 +581,8 @@ impl Filesystem {
     fn seal_file(&self, inode: Arc<Inode>, changes: u64, flushed: bool) -> Outcome<()> {
         let open = self.open(&inode)?;
         if !flushed {
-            storage::sync_data(open.fd.as_fd()).inspect_err(|_| inode.sync_failed.store(true, Ordering::SeqCst))?;
+            storage::sync_data(open.fd.as_fd())
+                .inspect_err(|errno| inode.sync_failed.store(errno.raw_os_error(), Ordering::SeqCst))?;
         }
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
         let Some(state) = guard.as_mut() else { return Ok(()) };

@@ -146,8 +146,9 @@ impl Filesystem {
             _ => storage::sync_fd(open.fd.as_fd()),
         };
         // The kernel reports a lost write once to each descriptor; the sealer may have been the one to hear of it.
-        if inode.sync_failed.swap(false, Ordering::SeqCst) {
-            return Err(Failed::raw(libc::EIO));
+        match inode.sync_failed.swap(0, Ordering::SeqCst) {
+            0 => {}
+            errno => return Err(Failed::raw(errno)),
         }
         flushed?;
         if let Some(mark) = mark {

@@ -9,7 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use crate::volume::dir::DirKeys;
@@ -83,8 +83,8 @@ pub struct Inode {
     lookups: AtomicU64,
     /// Kept in the table although the kernel forgot it: the sealer has work with it.
     retained: AtomicBool,
-    /// A flush failed that was not a program's: the next fsync has to say so.
-    pub sync_failed: AtomicBool,
+    /// A flush failed that was not a program's, with this errno (0: none did): the next fsync has to say so.
+    pub sync_failed: AtomicI32,
     /// No name is left: nothing to seal, nothing to keep.
     pub removed: AtomicBool,
 }
@@ -103,7 +103,7 @@ impl Inode {
             size: AtomicU64::new(0),
             lookups: AtomicU64::new(0),
             retained: AtomicBool::new(false),
-            sync_failed: AtomicBool::new(false),
+            sync_failed: AtomicI32::new(0),
             removed: AtomicBool::new(false),
         }
     }

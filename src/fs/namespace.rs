@@ -19,7 +19,7 @@ use crate::volume::header::ObjectType;
 use crate::volume::link::{self, SealedLink};
 use crate::volume::names::{self, CipherName};
 use crate::volume::storage::{self, Errno, RenameFlags, Stat};
-use crate::volume::{Damage, VolumeError, node};
+use crate::volume::{Damage, VolumeError, format, node};
 
 /// One entry for readdir.
 pub struct Entry {
@@ -192,28 +192,32 @@ impl Filesystem {
         let (_, dir, cipher) = self.resolve(&parent, name)?;
         let dir = dir.fd.as_fd();
         let mode = self.mode(dir, mode & 0o7777, umask);
-        let made = dir::place(dir, &cipher, || storage::create_file(dir, cipher.as_str(), mode));
-        let fd = match made {
-            Err(Errno::EXIST) if !exclusive => {
-                return self.enter(&parent, cipher.as_str(), storage::stat(dir, cipher.as_str())?);
-            }
-            other => other?,
-        };
+        // Under a temporary name until it has its header, owner and birth attribute: a power cut leaves a file or none.
+        let temporary = format::temporary_name().map_err(|_| Failed::raw(libc::EIO))?;
+        let fd = storage::create_file(dir, &*temporary, mode)?;
         let special = (mode & 0o6000 != 0).then_some(mode);
-        let finished = self
+        let placed = self
             .hand_over(caller, dir, fd.as_fd(), special)
             .map_err(VolumeError::from)
             .and_then(|()| FileState::create(&self.volume, fd.as_fd()))
             .and_then(|state| Ok((state, self.check_new(storage::stat_fd(fd.as_fd())?)?)))
-            .and_then(|(state, stat)| {
-                let inode = self.inodes.enter(node_id(stat.st_ino), Kind::Regular, &parent, cipher.as_str());
-                Ok((state, stat, inode.ok_or(Errno::IO)?))
+            .and_then(|made| {
+                dir::place(dir, &cipher, || rename_new(dir, &temporary, dir, cipher.as_str()))?;
+                Ok(made)
             });
-        let (state, stat, inode) = finished.map_err(|error| {
-            let _ = storage::unlink(dir, cipher.as_str());
-            dir::unplace(dir, &cipher);
-            Failed::from(error)
-        })?;
+        let (state, stat) = match placed {
+            Ok(made) => made,
+            Err(error) => {
+                let _ = storage::unlink(dir, &*temporary);
+                if matches!(error, VolumeError::Backing(Errno::EXIST)) && !exclusive {
+                    return self.enter(&parent, cipher.as_str(), storage::stat(dir, cipher.as_str())?);
+                }
+                return Err(error.into());
+            }
+        };
+        let Some(inode) = self.inodes.enter(node_id(stat.st_ino), Kind::Regular, &parent, cipher.as_str()) else {
+            return Err(Failed::raw(libc::EIO));
+        };
         *inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Box::new(state));
         inode.set_size(0);
         *lock(&inode.open) = Some(Open { fd: Arc::new(fd), writable: true });

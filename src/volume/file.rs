@@ -57,8 +57,9 @@ pub struct FileState {
     overlay: Overlay,
     /// The last record of this file.
     logged: u64,
-    /// Contents were written in place since the last flush that covered everything.
+    /// Writes in place so far, and how many of them a flush has covered.
     in_place: u64,
+    in_place_flushed: u64,
     /// Generation of the log with the last record that cuts: replayed, it would cut what was written in place after it.
     cut_in: Option<u64>,
 }
@@ -111,6 +112,7 @@ impl FileState {
             overlay: Overlay::new(0),
             logged: 0,
             in_place: 1,
+            in_place_flushed: 0,
             cut_in: None,
         })
     }
@@ -146,6 +148,7 @@ impl FileState {
             overlay: Overlay::new(size),
             logged: 0,
             in_place: 0,
+            in_place_flushed: 0,
             cut_in: None,
         })
     }
@@ -312,16 +315,13 @@ impl FileState {
     }
 }
 
-/// Whether a crash explains what is stored of a block that does not open: the end is missing, or a sector of the backing
-/// file was never written. (Whoever can write there could as well make all of it zeros.)
+/// Whether a crash explains what is stored of a block that does not open: the end is missing, or what lies in one sector of
+/// the backing file was never written. (Whoever can write there could as well make all of it zeros.)
 fn torn(index: u64, stored: &[u8], complete: bool) -> bool {
-    const SECTOR: u64 = 512;
-    let start = format::block_offset(index);
-    let end = start + stored.len() as u64;
-    let mut sectors = (start.div_ceil(SECTOR)..end / SECTOR)
-        .map(|sector| (sector * SECTOR - start) as usize)
-        .map(|at| &stored[at..at + SECTOR as usize]);
-    !complete || sectors.any(content::is_zero)
+    const SECTOR: usize = 512;
+    let first = SECTOR - format::block_offset(index) as usize % SECTOR;
+    let (head, rest) = stored.split_at(first.min(stored.len()));
+    !complete || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
 }
 
 /// A failure and, for damage, the block it was found in.

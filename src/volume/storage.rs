@@ -167,6 +167,14 @@ pub fn allocate(fd: BorrowedFd<'_>, len: u64) -> Result<()> {
     sys::fallocate(fd, sys::FallocateFlags::empty(), 0, len)
 }
 
+/// Makes sure that there is space for this range, without changing the size. Filesystems that cannot say so are believed.
+pub fn reserve(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+    match sys::fallocate(fd, sys::FallocateFlags::KEEP_SIZE, offset, len) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
+        other => other,
+    }
+}
+
 /// fdatasync(2): contents and the size.
 pub fn sync_data(fd: BorrowedFd<'_>) -> Result<()> {
     sys::fdatasync(fd)

@@ -24,10 +24,11 @@ impl Random {
 type Found = Result<(), String>;
 
 pub(crate) trait Writer: Send {
-    /// Until something fails.
-    fn run(&mut self, stop: &AtomicBool);
+    /// Until something fails. What is acknowledged after the cut has begun counts as not acknowledged: it may have been said
+    /// of a medium that is no more (ext4's fsync can be told of success by a journal that was just shut down).
+    fn run(&mut self, cut: &AtomicBool);
     /// How many times something was acknowledged.
-    fn acknowledged(&self) -> u64;
+    fn syncs(&self) -> u64;
     /// What was acknowledged is there; everything else is old or new.
     fn check(&self) -> Found;
 }
@@ -115,7 +116,7 @@ impl Overwriter {
         self.count += 1;
     }
 
-    fn work(&mut self, stop: &AtomicBool) -> io::Result<()> {
+    fn work(&mut self, cut: &AtomicBool) -> io::Result<()> {
         make_parent(&self.path)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
@@ -128,9 +129,6 @@ impl Overwriter {
             sync_dir(self.path.parent().unwrap())?;
         }
         for n in 1.. {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
             let at = self.random.below(self.limit) / self.align * self.align;
             let len = if self.align > 1 { self.unit } else { 1 + self.random.below(self.unit) };
             let value = 1 + (n % 120) as u8;
@@ -145,6 +143,9 @@ impl Overwriter {
                 Sync::Open => {}
                 Sync::Every(_) | Sync::Never => continue,
             }
+            if cut.load(Ordering::SeqCst) {
+                break;
+            }
             self.acknowledge();
         }
         Ok(())
@@ -152,11 +153,11 @@ impl Overwriter {
 }
 
 impl Writer for Overwriter {
-    fn run(&mut self, stop: &AtomicBool) {
-        let _ = self.work(stop);
+    fn run(&mut self, cut: &AtomicBool) {
+        let _ = self.work(cut);
     }
 
-    fn acknowledged(&self) -> u64 {
+    fn syncs(&self) -> u64 {
         self.count
     }
 
@@ -203,20 +204,20 @@ fn pattern(at: u64) -> u8 {
 }
 
 impl Appender {
-    fn work(&mut self, stop: &AtomicBool) -> io::Result<()> {
+    fn work(&mut self, cut: &AtomicBool) -> io::Result<()> {
         make_parent(&self.path)?;
         let mut file = OpenOptions::new().append(true).create(true).open(&self.path)?;
         file.sync_all()?;
         sync_dir(self.path.parent().unwrap())?;
         for n in 1.. {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
             let line: Vec<u8> = (self.written..self.written + self.unit).map(pattern).collect();
             self.written += self.unit;
             file.write_all(&line)?;
             if n % self.every == 0 {
                 file.sync_data()?;
+                if cut.load(Ordering::SeqCst) {
+                    break;
+                }
                 self.acknowledged = self.written;
                 self.count += 1;
             }
@@ -226,11 +227,11 @@ impl Appender {
 }
 
 impl Writer for Appender {
-    fn run(&mut self, stop: &AtomicBool) {
-        let _ = self.work(stop);
+    fn run(&mut self, cut: &AtomicBool) {
+        let _ = self.work(cut);
     }
 
-    fn acknowledged(&self) -> u64 {
+    fn syncs(&self) -> u64 {
         self.count
     }
 
@@ -276,11 +277,11 @@ fn version(n: u64) -> Vec<u8> {
 }
 
 impl Replacer {
-    fn work(&mut self, stop: &AtomicBool) -> io::Result<()> {
+    fn work(&mut self, cut: &AtomicBool) -> io::Result<()> {
         make_parent(&self.path)?;
         let dir = self.path.parent().unwrap().to_owned();
         sync_dir(dir.parent().unwrap())?;
-        while !stop.load(Ordering::Relaxed) {
+        loop {
             let n = self.attempted + 1;
             let to = if self.how == How::Rename { dir.join("new") } else { self.path.clone() };
             let mut file = File::create(&to)?;
@@ -291,18 +292,20 @@ impl Replacer {
                 fs::rename(&to, &self.path)?;
             }
             sync_dir(&dir)?;
+            if cut.load(Ordering::SeqCst) {
+                return Ok(());
+            }
             self.acknowledged = Some(n);
         }
-        Ok(())
     }
 }
 
 impl Writer for Replacer {
-    fn run(&mut self, stop: &AtomicBool) {
-        let _ = self.work(stop);
+    fn run(&mut self, cut: &AtomicBool) {
+        let _ = self.work(cut);
     }
 
-    fn acknowledged(&self) -> u64 {
+    fn syncs(&self) -> u64 {
         self.acknowledged.unwrap_or(0)
     }
 
@@ -337,22 +340,22 @@ struct Directories {
 }
 
 impl Directories {
-    fn work(&mut self, stop: &AtomicBool) -> io::Result<()> {
+    fn work(&mut self, cut: &AtomicBool) -> io::Result<()> {
         fs::create_dir(&self.root)?;
         sync_dir(self.root.parent().unwrap())?;
-        for n in 1..=400 {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
-            let name = if n % 3 == 0 { format!("{}{n}", "d".repeat(220)) } else { format!("d{n}") };
+        for n in 1..=400_u64 {
+            let name = if n.is_multiple_of(3) { format!("{}{n}", "d".repeat(220)) } else { format!("d{n}") };
             let dir = self.root.join(name);
             fs::create_dir(&dir)?;
-            let path = dir.join(if n % 2 == 0 { "f".repeat(200) } else { "file".into() });
+            let path = dir.join(if n.is_multiple_of(2) { "f".repeat(200) } else { "file".into() });
             let mut file = File::create(&path)?;
             file.write_all(&version(n))?;
             file.sync_all()?;
             sync_dir(&dir)?;
             sync_dir(&self.root)?;
+            if cut.load(Ordering::SeqCst) {
+                break;
+            }
             self.acknowledged.push((path, n));
             self.count += 1;
         }
@@ -361,11 +364,11 @@ impl Directories {
 }
 
 impl Writer for Directories {
-    fn run(&mut self, stop: &AtomicBool) {
-        let _ = self.work(stop);
+    fn run(&mut self, cut: &AtomicBool) {
+        let _ = self.work(cut);
     }
 
-    fn acknowledged(&self) -> u64 {
+    fn syncs(&self) -> u64 {
         self.count
     }
 
@@ -391,21 +394,24 @@ struct Names {
 impl Names {
     fn name(&mut self) -> String {
         let n = self.random.below(30);
-        if n % 2 == 0 { format!("{}{n}", "n".repeat(210)) } else { format!("n{n}") }
+        if n.is_multiple_of(2) { format!("{}{n}", "n".repeat(210)) } else { format!("n{n}") }
     }
 
-    fn work(&mut self, stop: &AtomicBool) -> io::Result<()> {
+    fn work(&mut self, cut: &AtomicBool) -> io::Result<()> {
         fs::create_dir(&self.root)?;
         for n in 1..=10_u64 {
             // These stay.
-            let name = if n % 2 == 0 { format!("{}{n}", "k".repeat(230)) } else { format!("keep{n}") };
+            let name = if n.is_multiple_of(2) { format!("{}{n}", "k".repeat(230)) } else { format!("keep{n}") };
             fs::write(self.root.join(&name), b"")?;
             File::open(self.root.join(&name))?.sync_all()?;
             sync_dir(&self.root)?;
             sync_dir(self.root.parent().unwrap())?;
+            if cut.load(Ordering::SeqCst) {
+                return Ok(());
+            }
             self.synced.push(name);
         }
-        while !stop.load(Ordering::Relaxed) {
+        while !cut.load(Ordering::SeqCst) {
             let (from, to) = (self.name(), self.name());
             let (from, to) = (self.root.join(from), self.root.join(to));
             let done = match self.random.below(7) {
@@ -427,11 +433,11 @@ impl Names {
 }
 
 impl Writer for Names {
-    fn run(&mut self, stop: &AtomicBool) {
-        let _ = self.work(stop);
+    fn run(&mut self, cut: &AtomicBool) {
+        let _ = self.work(cut);
     }
 
-    fn acknowledged(&self) -> u64 {
+    fn syncs(&self) -> u64 {
         self.synced.len() as u64
     }
 

@@ -80,6 +80,10 @@ impl FileState {
                 at
             })?;
             if !in_place {
+                // What is promised by the log must find its place later. Only new blocks need one.
+                if end > self.size || self.mutable.holes {
+                    storage::reserve(fd, format::block_offset(range.first), total as u64)?;
+                }
                 self.log(volume, Change::Blocks { first: range.first, sealed: sealed[..total].to_vec() })?;
                 self.size = new_size;
                 return Ok(());

@@ -114,7 +114,7 @@ impl FileState {
             let next = Mutable { size: self.size, floor, sealed: false, ..self.mutable };
             keeping_times(fd, || self.write_header(volume, fd, next))?;
         }
-        let in_place = self.in_place > 0 || volume.log().is_none();
+        let in_place = self.in_place > self.in_place_flushed || volume.log().is_none();
         // Replayed, a record that cuts would cut what is about to be flushed in place.
         let cut = self.cut_in.is_some_and(|generation| volume.log().is_some_and(|log| generation >= log.oldest()));
         Ok(FlushMark {
@@ -137,8 +137,8 @@ impl FileState {
         if mark.cuts == self.cuts && mark.whole && mark.in_place {
             self.flushed = self.flushed.max(mark.size);
         }
-        if mark.in_place && mark.writes == self.in_place {
-            self.in_place = 0;
+        if mark.in_place {
+            self.in_place_flushed = self.in_place_flushed.max(mark.writes);
         }
         if !mark.settles {
             return Ok(None);
@@ -172,7 +172,7 @@ impl FileState {
         self.flushed = size;
         self.unsealed = false;
         self.opened = false;
-        self.in_place = 0;
+        self.in_place_flushed = self.in_place;
         self.cut_in = None;
         Ok(())
     }

@@ -67,7 +67,6 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
     #[test]
     fn a_file_is_a_vector(ops in prop::collection::vec(op(), 1..30)) {
         let fixture = Fixture::new();
