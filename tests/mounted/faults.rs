@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use rustix::fs::{CWD, RenameFlags};
 
@@ -114,4 +114,141 @@ fn a_second_copy_is_not_mounted_beside_the_first() {
     Output::of(&mut v.lethefs(&["mount", "copy", "mnt2", "--json"])).is(0);
     assert!(v.cli(&["mount", "backing", "mnt"]).err.contains("another copy"));
     v.cli(&["umount", "mnt2"]).is(0);
+}
+
+/// Which files of the store were flushed since the last look, by inode number.
+fn flushed(on: &OnFaulty) -> Vec<u64> {
+    on.store
+        .calls()
+        .into_iter()
+        .filter(|call| matches!(call.op, Op::Fsync | Op::FsyncDir))
+        .map(|call| call.ino)
+        .collect()
+}
+
+#[test]
+fn nothing_waits_for_a_flush_but_what_asks_for_one() {
+    let on = OnFaulty::new();
+    let v = &on.v;
+    let write = |name: &str, data: &[u8]| fs::write(v.at(name), data).unwrap();
+    for name in ["sealed", "cut", "target"] {
+        write(name, &bytes(20_000, 1));
+    }
+    v.remount(&[]);
+    // Opens the log, which is flushed once for its name's sake.
+    let file = File::options().read(true).write(true).open(v.at("sealed")).unwrap();
+    file.write_all_at(&bytes(100, 2), 5000).unwrap();
+    file.sync_data().unwrap();
+    let log = fs::metadata(v.backing().join("lethefs.log.0")).unwrap().ino();
+    let (sealed, cut) = (on.ino("sealed"), on.ino("cut"));
+
+    // Making, appending, cutting, replacing: nobody waits. (The log's own flush each second is nobody's wait.)
+    flushed(&on);
+    write("new", &bytes(9000, 3));
+    File::options().append(true).open(v.at("new")).unwrap().write_all(&bytes(100, 4)).unwrap();
+    File::options().append(true).open(v.at("sealed")).unwrap().write_all(&bytes(100, 4)).unwrap();
+    write("cut", &bytes(300, 5));
+    fs::create_dir(v.at("dir")).unwrap();
+    fs::rename(v.at("new"), v.at("target")).unwrap();
+    rustix::fs::syncfs(&file).unwrap();
+    let seen = flushed(&on);
+    assert!(seen.iter().all(|ino| *ino == log), "{seen:?}, the log is {log}");
+
+    // Overwriting and syncing: one flush, the log's.
+    for n in 0..5 {
+        file.write_all_at(&bytes(4096, n), 4096 * (n % 4)).unwrap();
+        file.sync_data().unwrap();
+    }
+    let seen = flushed(&on);
+    assert!(seen.len() >= 5 && seen.iter().all(|ino| *ino == log), "{seen:?}, the log is {log}");
+    assert!(!seen.contains(&sealed) && !seen.contains(&cut));
+    // A new file: its own, and only that.
+    let mut new = File::create(v.at("another")).unwrap();
+    new.write_all(&bytes(8192, 6)).unwrap();
+    flushed(&on);
+    new.sync_data().unwrap();
+    let seen = flushed(&on);
+    assert_eq!(seen.iter().filter(|ino| **ino != log).collect::<Vec<_>>(), [&on.ino("another")]);
+    drop((file, new));
+    v.umount();
+}
+
+#[test]
+fn a_log_that_cannot_be_written_or_flushed() {
+    for (op, errno_wanted) in [(Op::Write, libc::ENOSPC), (Op::Write, libc::EDQUOT), (Op::Fsync, libc::EIO)] {
+        let on = OnFaulty::new();
+        let v = &on.v;
+        fs::write(v.at("file"), bytes(20_000, 1)).unwrap();
+        fs::write(v.at("other"), bytes(5000, 2)).unwrap();
+        v.remount(&[]);
+        let file = File::options().read(true).write(true).open(v.at("file")).unwrap();
+        file.write_all_at(b"durable", 100).unwrap();
+        file.sync_data().unwrap();
+        let mut durable = bytes(20_000, 1);
+        durable[100..107].copy_from_slice(b"durable");
+        let log = fs::metadata(v.backing().join("lethefs.log.0")).unwrap().ino();
+        on.store.rule(move |call| if call.op == op && call.ino == log { Fate::Fail(errno_wanted) } else { Fate::Pass });
+        file.write_all_at(b"refused", 8000).unwrap();
+        assert_eq!(errno(file.sync_data()), errno_wanted, "{op:?}");
+        // What was there is there; the mount goes on.
+        assert_eq!(fs::read(v.at("other")).unwrap(), bytes(5000, 2));
+        fs::write(v.at("new"), b"files need no log").unwrap();
+        drop(file);
+        on.store.heal();
+        if op == Op::Write {
+            // Space again.
+            let file = File::options().write(true).open(v.at("file")).unwrap();
+            file.write_all_at(b"granted", 8000).unwrap();
+            file.sync_data().unwrap();
+            durable[8000..8007].copy_from_slice(b"granted");
+            drop(file);
+            v.umount();
+        } else {
+            v.crash();
+        }
+        v.mount(&[]);
+        let now = fs::read(v.at("file")).unwrap();
+        let mut with = durable.clone();
+        with[8000..8007].copy_from_slice(b"refused");
+        assert!(now == durable || (op == Op::Fsync && now == with), "{op:?}");
+        assert_eq!(fs::read(v.at("other")).unwrap(), bytes(5000, 2));
+        v.umount();
+    }
+}
+
+#[test]
+fn short_writes_and_errors_of_the_store_come_out_right() {
+    let on = OnFaulty::new();
+    let v = &on.v;
+    fs::write(v.at("file"), bytes(50_000, 1)).unwrap();
+    v.remount(&[]);
+    on.store.rule(|call| if call.op == Op::Write { Fate::Short(1 + call.len / 3) } else { Fate::Pass });
+    let file = File::options().read(true).write(true).open(v.at("file")).unwrap();
+    file.write_all_at(&bytes(30_000, 2), 1000).unwrap();
+    file.set_len(40_001).unwrap();
+    file.sync_all().unwrap();
+    fs::write(v.at("new"), bytes(70_000, 3)).unwrap();
+    on.store.heal();
+    let mut expected = bytes(50_000, 1);
+    expected[1000..31_000].copy_from_slice(&bytes(30_000, 2));
+    expected.truncate(40_001);
+    drop(file);
+    v.remount(&[]);
+    assert_eq!(fs::read(v.at("file")).unwrap(), expected);
+    assert_eq!(fs::read(v.at("new")).unwrap(), bytes(70_000, 3));
+    // In place fails for a while: the next fsync says so, nothing is lost, and it heals.
+    let ino = on.ino("file");
+    on.store.rule(move |call| if call.op == Op::Write && call.ino == ino { Fate::Fail(libc::EIO) } else { Fate::Pass });
+    let file = File::options().read(true).write(true).open(v.at("file")).unwrap();
+    file.write_all_at(b"logged", 0).unwrap();
+    on.store.calls();
+    rustix::fs::syncfs(&file).unwrap();
+    on.store.wait_for(|call| call.op == Op::Write && call.ino == ino);
+    expected[..6].copy_from_slice(b"logged");
+    assert_eq!(fs::read(v.at("file")).unwrap(), expected);
+    on.store.heal();
+    drop(file);
+    v.remount(&[]);
+    assert_eq!(fs::read(v.at("file")).unwrap(), expected);
+    v.umount();
 }
