@@ -368,10 +368,7 @@ impl Filesystem {
                 unsealed.remove(&ino);
             }
             drop(unsealed);
-            let mut pending = lock(&self.pending);
-            if pending.get(&ino).is_some_and(|held| Arc::ptr_eq(held, &inode)) {
-                pending.remove(&ino);
-            }
+            self.not_pending(&inode);
         }
         self.inodes.let_go(inode);
     }
@@ -382,6 +379,22 @@ impl Filesystem {
         if self.volume.log().is_some() {
             lock(&self.pending).insert(inode.ino, inode.clone());
         }
+    }
+
+    /// Nothing of this inode is pending any more.
+    fn not_pending(&self, inode: &Arc<Inode>) {
+        let mut pending = lock(&self.pending);
+        if pending.get(&inode.ino).is_some_and(|held| Arc::ptr_eq(held, inode)) {
+            pending.remove(&inode.ino);
+        }
+    }
+
+    /// A flush of the backing filesystem or of a file in it. After a failure the log gives nothing up any more.
+    pub(super) fn flushed_in_place(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        if let (Err(_), Some(log)) = (&result, self.volume.log()) {
+            log.keep();
+        }
+        result
     }
 
     /// Brings the log to the medium and puts everything in place whose record is there.
@@ -405,10 +418,7 @@ impl Filesystem {
                 let done = guard.as_mut().map_or(Ok(true), |state| state.apply(open.fd.as_fd(), flushed));
                 if done == Ok(true) {
                     // Under the content lock: a writer notes the file anew before it changes anything.
-                    let mut pending = lock(&self.pending);
-                    if pending.get(&inode.ino).is_some_and(|held| Arc::ptr_eq(held, &inode)) {
-                        pending.remove(&inode.ino);
-                    }
+                    self.not_pending(&inode);
                 }
                 Ok(done.map(drop)?)
             });
@@ -416,7 +426,7 @@ impl Filesystem {
                 Ok(()) => self.inodes.let_go(inode),
                 // Nothing of it is left to put anywhere.
                 Err(failed) if failed.errno() == libc::ESTALE && inode.removed.load(Ordering::Relaxed) => {
-                    lock(&self.pending).remove(&inode.ino);
+                    self.not_pending(&inode);
                 }
                 Err(failed) => {
                     inode.sync_failed.store(failed.errno(), Ordering::SeqCst);
@@ -460,7 +470,7 @@ impl Filesystem {
         }
         // What was logged between the two is in the old file, too.
         self.commit()?;
-        storage::sync_filesystem(self.volume.root().as_fd())?;
+        self.flushed_in_place(storage::sync_filesystem(self.volume.root().as_fd()))?;
         Ok(log.retire()?)
     }
 
@@ -473,7 +483,10 @@ impl Filesystem {
             return Ok(());
         }
         self.commit()?;
-        storage::sync_filesystem(self.volume.root().as_fd())?;
+        self.flushed_in_place(storage::sync_filesystem(self.volume.root().as_fd()))?;
+        if self.volume.log().is_some_and(crate::volume::log::Log::is_kept) {
+            return Err(Failed::raw(libc::EIO));
+        }
         Ok(crate::volume::log::remove(self.volume.root().as_fd())?)
     }
 
@@ -559,6 +572,12 @@ impl Filesystem {
                 left += 1;
                 tracing::warn!(backing_ino = ino, errno = failed.errno(), "a header could not be sealed yet");
             }
+        }
+        // What sealing logged: that earlier cuts are settled.
+        if let Some(log) = self.volume.log()
+            && let Err(errno) = log.flush(log.end())
+        {
+            tracing::warn!(%errno, "the log cannot be flushed");
         }
         left
     }

@@ -86,10 +86,8 @@ impl Filesystem {
             return Ok(false);
         }
         match FileState::load(&self.volume, open.fd.as_fd()) {
-            Ok(state) => {
-                *guard = Some(Box::new(state));
-                return Ok(false);
-            }
+            // Loaded for good where everything that goes with it is done, too.
+            Ok(_) => return Ok(false),
             // Only what we know to be damaged: a backing error may pass.
             Err(VolumeError::Damaged(_)) => {}
             Err(error) => return Err(self.failed(inode, error)),
@@ -142,8 +140,8 @@ impl Filesystem {
         }
         let flushed = match mark {
             Some(mark) if data_only && !mark.in_place => Ok(()),
-            _ if data_only => storage::sync_data(open.fd.as_fd()),
-            _ => storage::sync_fd(open.fd.as_fd()),
+            _ if data_only => self.flushed_in_place(storage::sync_data(open.fd.as_fd())),
+            _ => self.flushed_in_place(storage::sync_fd(open.fd.as_fd())),
         };
         // The kernel reports a lost write once to each descriptor; the sealer may have been the one to hear of it.
         match inode.sync_failed.swap(0, Ordering::SeqCst) {

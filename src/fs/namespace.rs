@@ -216,6 +216,8 @@ impl Filesystem {
             }
         };
         let Some(inode) = self.inodes.enter(node_id(stat.st_ino), Kind::Regular, &parent, cipher.as_str()) else {
+            let _ = storage::unlink(dir, cipher.as_str());
+            dir::unplace(dir, &cipher);
             return Err(Failed::raw(libc::EIO));
         };
         *inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Box::new(state));

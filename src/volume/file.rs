@@ -298,15 +298,22 @@ impl FileState {
         }
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
         let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
-        for index in self.mutable.floor / BLOCK..self.size.div_ceil(BLOCK) {
+        for index in self.mutable.floor.div_ceil(BLOCK)..self.size.div_ceil(BLOCK) {
             let len = (self.size - index * BLOCK).min(BLOCK) as usize;
             let stored = self.stored(fd, index, len)?;
-            volume.keys().with_keys(self.dek(), |keys| {
-                self.open(&keys.cipher(DekLabel::Content), &mut aad, index, &stored, &mut plain[..len])
-            })??;
             let complete = stored.len() == len + BLOCK_OVERHEAD as usize;
-            if content::is_zero(&plain[..len]) && !(complete && content::is_zero(&stored)) {
-                // Torn, or genuine zeros: the same to whoever reads.
+            let genuine = volume.keys().with_keys(self.dek(), |keys| {
+                let cipher = keys.cipher(DekLabel::Content);
+                let genuine = complete
+                    && (content::is_zero(&stored)
+                        || content::open_block(&cipher, &mut aad, index, &stored, &mut plain[..len]).is_ok());
+                if genuine {
+                    Ok(true)
+                } else {
+                    self.open(&cipher, &mut aad, index, &stored, &mut plain[..len]).map(|()| false)
+                }
+            })??;
+            if !genuine {
                 let zeros = vec![0; len + BLOCK_OVERHEAD as usize];
                 storage::write_at(fd, &zeros, format::block_offset(index)).map_err(|(_, errno)| errno)?;
             }

@@ -10,11 +10,12 @@
 mod record;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use record::{Change, Record, Subject};
+use sha2::{Digest as _, Sha256};
 
 use super::storage::{self, Errno};
 use super::{VolumeError, format};
@@ -55,6 +56,7 @@ pub struct Log {
     flushed_more: Condvar,
     flushed: AtomicU64,
     flushes: AtomicU64,
+    kept: AtomicBool,
     scope: u32,
     version: u32,
     root: u64,
@@ -95,9 +97,10 @@ impl Log {
             flushed_more: Condvar::new(),
             flushed: AtomicU64::new(next),
             flushes: AtomicU64::new(0),
+            kept: AtomicBool::new(false),
             scope,
             version,
-            root: storage::stat_fd(root.as_fd())?.st_ino,
+            root: storage::identity(root.as_fd())?,
             full,
         })
     }
@@ -126,7 +129,7 @@ impl Log {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Backing inode number of the volume's root, for [`Subject`].
+    /// The volume's backing root, for [`Subject`].
     pub fn root(&self) -> u64 {
         self.root
     }
@@ -216,6 +219,17 @@ impl Log {
         }
     }
 
+    /// A flush of the backing filesystem failed, so what was put in place may be lost, and the kernel says so only once: from
+    /// now on no record is given up, and the next mount replays them all.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether there are records that must stay.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::SeqCst) && self.lock().files.is_some()
+    }
+
     /// Whether it is time to [`switch`](Self::switch).
     pub fn is_full(&self) -> bool {
         let inner = self.lock();
@@ -277,8 +291,11 @@ impl Log {
     /// The records of the file that is not active are all in their places, durably: none of them counts any more.
     ///
     /// # Errors
-    /// The backing filesystem's.
+    /// The backing filesystem's; [`Errno::IO`] after [`keep`](Self::keep).
     pub fn retire(&self) -> Result<(), Errno> {
+        if self.kept.load(Ordering::SeqCst) {
+            return Err(Errno::IO);
+        }
         let (files, active, generation) = {
             let inner = self.lock();
             (inner.files.clone(), inner.active, inner.generation)
@@ -315,7 +332,15 @@ fn header(scope: u32, version: u32, generation: u64, void: u64) -> [u8; HEADER] 
     bytes[16..20].copy_from_slice(&version.to_le_bytes());
     bytes[24..32].copy_from_slice(&generation.to_le_bytes());
     bytes[32..40].copy_from_slice(&void.to_le_bytes());
+    let check = check(&bytes);
+    bytes[40..56].copy_from_slice(&check);
     bytes
+}
+
+/// Against damage, not against an attacker, who can as well remove the log.
+fn check(header: &[u8]) -> [u8; 16] {
+    let digest: [u8; 32] = Sha256::digest(&header[..40]).into();
+    digest.first_chunk().copied().unwrap_or_default()
 }
 
 /// What a crash left.
@@ -353,19 +378,25 @@ pub fn read(root: BorrowedFd<'_>, keys: &Keyring) -> Result<Found, VolumeError> 
         let mut bytes = vec![0; len.min(4 * FULL) as usize];
         let got = storage::read_at(file.as_fd(), &mut bytes, 0)?;
         bytes.truncate(got);
-        let (generation, void, versions) = match bytes.get(..HEADER).filter(|header| header[..8] == *MAGIC) {
+        let whole = |header: &&[u8]| header[..8] == *MAGIC && header[40..56] == check(header);
+        let (generation, void, version) = match bytes.get(..HEADER).filter(whole) {
             Some(header) => {
                 let number = |at: usize| header[at..].first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
                 let word = |at: usize| header[at..].first_chunk().map_or(0, |word| u32::from_le_bytes(*word));
-                (number(24), number(32), vec![(word(12), word(16))])
+                (number(24), number(32), Some((word(12), word(16))))
             }
             // Damaged: the records may be whole.
-            None => (0, 0, keys.held()),
+            None => (0, 0, None),
         };
+        let held = keys.held();
+        if version.is_some_and(|version| !held.contains(&version)) && void == 0 {
+            // All that we can say of them is that they are there.
+            found.lost += 1;
+        }
         if void == 0 && generation > 0 {
             first = Some(first.map_or(generation, |known: u64| known.min(generation)));
         }
-        for (scope, version) in versions {
+        for (scope, version) in held {
             let records = keys.with_log_key(scope, version, |cipher| scan(cipher, &bytes));
             let records = match records {
                 Err(crate::keyring::KeyringError::NoSuchKek { .. }) => continue,

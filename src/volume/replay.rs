@@ -15,7 +15,7 @@ use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
 use super::header::{self, MUTABLE_AT, Mutable, STATIC_LEN, Static};
 use super::log::{self, Change, Record, Subject};
 use super::storage::{self, Errno, FileType};
-use super::{Damage, Volume, VolumeError, names};
+use super::{Damage, Volume, VolumeError, dir, names};
 use crate::crypto::ObjectId;
 use crate::crypto::kdf::DekLabel;
 
@@ -54,9 +54,18 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
     }
     let places = find(volume, &by_object)?;
     for (object, records) in &by_object {
-        let Some(file) = places.get(object) else {
+        let Some(place) = places.get(object) else {
             done.passed_over += 1;
             continue;
+        };
+        let file = match place.open(volume) {
+            Ok(file) => file,
+            Err(errno @ (Errno::ACCESS | Errno::PERM)) => {
+                tracing::warn!(%errno, backing_ino = place.ino, "a file is passed over by the replay");
+                done.passed_over += 1;
+                continue;
+            }
+            Err(errno) => return Err(errno.into()),
         };
         match apply(volume, file.as_fd(), records) {
             Ok(0) => done.passed_over += 1,
@@ -76,25 +85,56 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
     Ok(done)
 }
 
-/// The files that records are about, wherever they are now.
-fn find(volume: &Volume, wanted: &HashMap<ObjectId, Vec<Record>>) -> Result<HashMap<ObjectId, OwnedFd>, VolumeError> {
-    let root = volume.root().as_fd();
-    let root_ino = storage::stat_fd(root)?.st_ino;
+/// Where a file was found: names, not descriptors, of which a process may not have so many.
+struct Place {
+    directory: Vec<u8>,
+    name: Vec<u8>,
+    ino: u64,
+}
+
+impl Place {
+    fn open(&self, volume: &Volume) -> Result<OwnedFd, Errno> {
+        let directory = storage::open_dir_below(volume.root().as_fd(), &self.directory)?;
+        storage::open_own_file(directory.as_fd(), self.name.as_slice(), true)
+    }
+}
+
+/// The files that records are about, wherever they are now. On the way, what interrupted operations left is removed.
+fn find(volume: &Volume, wanted: &HashMap<ObjectId, Vec<Record>>) -> Result<HashMap<ObjectId, Place>, VolumeError> {
+    let root = storage::identity(volume.root().as_fd())?;
     let subjects: HashMap<ObjectId, Subject> =
         wanted.iter().filter_map(|(id, records)| Some((*id, records.last()?.subject))).collect();
-    // On the filesystem that the log was written on, a file with another number is a copy or was put back. If the volume
+    // Where the log was written, a file with another number is a copy or was put back. If the volume
     // was moved as a whole, every number is another one: then the headers tell, as long as they tell files apart.
-    let moved = subjects.values().any(|subject| subject.root != root_ino);
+    let moved = subjects.values().any(|subject| subject.root != root);
+    walk(volume, &subjects, moved)
+}
+
+fn walk(
+    volume: &Volume,
+    subjects: &HashMap<ObjectId, Subject>,
+    moved: bool,
+) -> Result<HashMap<ObjectId, Place>, VolumeError> {
     let numbers: HashSet<u64> = subjects.values().map(|subject| subject.ino).collect();
-    let mut found: HashMap<ObjectId, OwnedFd> = HashMap::new();
+    let mut found: HashMap<ObjectId, Place> = HashMap::new();
     let mut twice = HashSet::new();
-    let mut directories = vec![storage::open_dir(root, ".")?];
-    while let Some(directory) = directories.pop() {
-        if !moved && found.len() == subjects.len() {
-            break;
-        }
+    let mut directories: Vec<Vec<u8>> = vec![Vec::new()];
+    while let Some(path) = directories.pop() {
+        let directory = match storage::open_dir_below(volume.root().as_fd(), &path) {
+            Ok(directory) => directory,
+            // Too deep for a path, closed for ever (chattr), or not there any more: its files are passed over.
+            Err(
+                errno @ (Errno::NAMETOOLONG | Errno::ACCESS | Errno::PERM | Errno::NOENT | Errno::XDEV | Errno::LOOP),
+            ) => {
+                tracing::warn!(%errno, "a directory is passed over by the replay");
+                continue;
+            }
+            Err(errno) => return Err(errno.into()),
+        };
         let (mut files, mut below) = (Vec::new(), Vec::new());
+        let mut leftovers = false;
         storage::read_dir(directory.as_fd(), 0, |entry| {
+            leftovers |= entry.name.starts_with(format::TEMPORARY_PREFIX.as_bytes());
             if !names::is_entry(entry.name) {
                 return true;
             }
@@ -111,37 +151,46 @@ fn find(volume: &Volume, wanted: &HashMap<ObjectId, Vec<Record>>) -> Result<Hash
             }
             true
         })?;
+        if leftovers {
+            dir::clean(directory.as_fd());
+        }
         for name in files {
-            let file = match storage::open_file(directory.as_fd(), &name, true) {
+            let file = match storage::open_own_file(directory.as_fd(), name.as_slice(), false) {
                 Ok(file) => file,
-                // Not a file of ours, whatever it is.
-                Err(Errno::LOOP | Errno::NXIO) => continue,
+                // Not a file of ours, or closed for ever.
+                Err(Errno::LOOP | Errno::NXIO | Errno::ACCESS | Errno::PERM | Errno::NOENT) => continue,
                 Err(errno) => return Err(errno.into()),
             };
-            let mut head = [0; STATIC_LEN];
-            storage::read_at(file.as_fd(), &mut head, 0)?;
-            if content::is_zero(&head) {
-                head = storage::get_xattr_fd(file.as_fd(), format::BIRTH).unwrap_or(head);
-            }
-            let Some(id) = header::claimed_id(&head) else { continue };
-            let Some(subject) = subjects.get(&id) else { continue };
             let ino = storage::stat_fd(file.as_fd())?.st_ino;
-            if !moved && ino != subject.ino {
+            let Some(id) = claimed(file.as_fd())?.into_iter().find(|id| subjects.contains_key(id)) else { continue };
+            if !moved && subjects.get(&id).is_none_or(|subject| subject.ino != ino) {
                 continue;
             }
             // Two names of one file are one file.
-            let same = |other: &OwnedFd| storage::stat_fd(other.as_fd()).is_ok_and(|stat| stat.st_ino == ino);
-            if found.get(&id).is_some_and(|other| !same(other)) {
+            if found.get(&id).is_some_and(|other| other.ino != ino) {
                 twice.insert(id);
             }
-            found.insert(id, file);
+            found.insert(id, Place { directory: path.clone(), name, ino });
         }
-        for name in below {
-            directories.push(storage::open_dir(directory.as_fd(), &name)?);
-        }
+        let join = |name: Vec<u8>| if path.is_empty() { name } else { [path.as_slice(), b"/", &name].concat() };
+        directories.extend(below.into_iter().map(join));
     }
     found.retain(|id, _| !twice.contains(id));
     Ok(found)
+}
+
+/// The objects that a file's static headers claim to be of.
+fn claimed(file: BorrowedFd<'_>) -> Result<Vec<ObjectId>, Errno> {
+    let mut head = [0; 2 * STATIC_LEN];
+    storage::read_at(file, &mut head, 0)?;
+    let mut copies = vec![];
+    if content::is_zero(&head) {
+        copies.extend(storage::get_xattr_fd::<STATIC_LEN>(file, format::BIRTH));
+    } else {
+        copies.extend(head[..STATIC_LEN].first_chunk().copied());
+        copies.extend(head[STATIC_LEN..].first_chunk().copied());
+    }
+    Ok(copies.iter().filter_map(header::claimed_id).collect())
 }
 
 /// Whether records about this state of a file are about what is there.

@@ -23,6 +23,14 @@ pub fn stat_fd(fd: BorrowedFd<'_>) -> Result<Stat> {
     sys::fstat(fd)
 }
 
+/// A number that tells this very directory from a copy of it: its inode number and when it was made.
+pub fn identity(dir: BorrowedFd<'_>) -> Result<u64> {
+    let stat = sys::statx(dir, "", AtFlags::EMPTY_PATH, sys::StatxFlags::INO | sys::StatxFlags::BTIME)?;
+    // Where a filesystem does not keep it, all is zero.
+    let born = (stat.stx_btime.tv_sec as u64).rotate_left(30) ^ u64::from(stat.stx_btime.tv_nsec);
+    Ok(stat.stx_ino.rotate_left(40) ^ born)
+}
+
 /// The type of an object.
 pub fn file_type(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
@@ -45,6 +53,40 @@ pub fn open_file(dir: BorrowedFd<'_>, name: impl Arg, write: bool) -> Result<Own
     }
     let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
     sys::open(proc_path(held.as_fd()), access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Opens a directory some levels below another, following no symlink on the way.
+pub fn open_dir_below(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = sys::ResolveFlags::NO_SYMLINKS | sys::ResolveFlags::BENEATH | sys::ResolveFlags::NO_XDEV;
+    let path = if path.is_empty() { b"." } else { path };
+    match sys::openat2(root, path, flags, Mode::empty(), resolve) {
+        Err(Errno::ACCESS) => {
+            let held = sys::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+            lend(held.as_fd(), 0o700, || reopen(held.as_fd(), false))
+        }
+        other => other,
+    }
+}
+
+/// [`open_file`] of an ordinary user's own file that its mode closes to him.
+pub fn open_own_file(dir: BorrowedFd<'_>, name: impl Arg + Copy, write: bool) -> Result<OwnedFd> {
+    match open_file(dir, name, write) {
+        Err(Errno::ACCESS) => {
+            let held = open_path(dir, name)?;
+            lend(held.as_fd(), 0o600, || reopen(held.as_fd(), write))
+        }
+        other => other,
+    }
+}
+
+/// Runs `f` while the owner has these rights.
+fn lend<T>(held: BorrowedFd<'_>, rights: u32, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mode = sys::fstat(held)?.st_mode;
+    chmod_held(held, mode | rights)?;
+    let result = f();
+    chmod_held(held, mode)?;
+    result
 }
 
 /// A descriptor that only holds an object: it survives the entry's removal.

@@ -21,7 +21,7 @@ impl Disk {
         let disk = Self { image: v.path("disk.img"), at: v.backing() };
         std::fs::create_dir(&disk.at).unwrap();
         std::fs::File::create(&disk.image).unwrap().set_len(512 << 20).unwrap();
-        run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&disk.image));
+        run(Command::new(format!("/sbin/mkfs.{kind}")).arg("-q").arg(&disk.image));
         disk.mount();
         // What mkfs leaves there would be in the way of init.
         let _ = std::fs::remove_dir(disk.at.join("lost+found"));

@@ -33,6 +33,7 @@ fn rounds(v: &TestVolume, disk: Option<&disk::Disk>, end: End) {
     let seed = number("LETHEFS_CRASH_SEED", now);
     eprintln!("LETHEFS_CRASH_SEED={seed}");
     let mut random = writers::Random::new(seed);
+    let mut total = 0;
     for round in 0..rounds {
         v.mount(&[]);
         let mut writers = writers::all(&v.mnt(), seed.wrapping_add(round));
@@ -56,6 +57,7 @@ fn rounds(v: &TestVolume, disk: Option<&disk::Disk>, end: End) {
             disk.power_on();
         }
         v.mount(&[]);
+        total += writers.iter().map(|writer| writer.syncs()).sum::<u64>();
         let acknowledged: u64 = writers.iter().map(|writer| writer.syncs()).sum();
         for writer in &writers {
             writer
@@ -75,6 +77,7 @@ fn rounds(v: &TestVolume, disk: Option<&disk::Disk>, end: End) {
             .collect();
         assert!(left.is_empty(), "left in the backing directory: {left:?}");
     }
+    assert!(total > 50 * rounds, "only {total} times something was acknowledged");
 }
 
 #[test]

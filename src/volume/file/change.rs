@@ -181,7 +181,7 @@ impl FileState {
         Ok(())
     }
 
-    /// Cuts. A floor above the new size is lowered durably first; then the last block is sealed anew at its new length.
+    /// Cuts. A floor above the new size is lowered first (without a log: durably); then the last block is sealed anew at its new length.
     fn shrink(&mut self, volume: &Volume, fd: BorrowedFd<'_>, size: u64) -> Result<(), ReadError> {
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
         let rest = (size % BLOCK) as usize;

@@ -2,6 +2,10 @@
 
 use super::*;
 
+/// How many headers written one after the other may all be lost to a power cut: each flush of the file brings the last one
+/// to the medium, and between two flushes there are no more than a few.
+const UNFLUSHED_HEADERS: u64 = 16;
+
 impl FileState {
     /// Before a change: the header must no longer promise what is about to end. Without a log only growth ends anything.
     pub(super) fn open_for_changes(
@@ -38,8 +42,7 @@ impl FileState {
             object: self.dek().object(),
             ino: self.ino,
             root: log.root(),
-            // The one before may be what a power cut left; older ones are not.
-            low: self.mutable.opened.saturating_sub(1),
+            low: self.mutable.opened.saturating_sub(UNFLUSHED_HEADERS),
             opened: self.mutable.opened,
         };
         let (sequence, generation) = log.append(volume.keys(), &subject, &change)?;
@@ -137,17 +140,19 @@ impl FileState {
         if mark.cuts == self.cuts && mark.whole && mark.in_place {
             self.flushed = self.flushed.max(mark.size);
         }
+        let mut settled = None;
+        if mark.settles {
+            self.log(volume, Change::Settled { until: mark.log })?;
+            settled = Some(self.logged);
+            if mark.cuts == self.cuts {
+                self.cut_in = None;
+            }
+        }
+        // Last: if the record could not be made, the next fsync has to try again.
         if mark.in_place {
             self.in_place_flushed = self.in_place_flushed.max(mark.writes);
         }
-        if !mark.settles {
-            return Ok(None);
-        }
-        self.log(volume, Change::Settled { until: mark.log })?;
-        if mark.cuts == self.cuts {
-            self.cut_in = None;
-        }
-        Ok(Some(self.logged))
+        Ok(settled)
     }
 
     /// Seals the header: floor = size. Only after a flush that covered everything written so far; writing the header does
@@ -162,6 +167,13 @@ impl FileState {
         if !self.overlay.is_empty() {
             return Err(Errno::BUSY.into());
         }
+        if self.cut_in.is_some() && volume.log().is_some() {
+            // Replayed, the cut would take what was flushed after it, should this header not get there. Whoever asks for a
+            // flush next waits for this record.
+            let until = self.logged;
+            self.log(volume, Change::Settled { until })?;
+            self.cut_in = None;
+        }
         // In place: everything that it promises has been flushed.
         self.opened = true;
         let size = self.size;
@@ -173,7 +185,7 @@ impl FileState {
         self.unsealed = false;
         self.opened = false;
         self.in_place_flushed = self.in_place;
-        self.cut_in = None;
+        self.recovered = false;
         Ok(())
     }
 }

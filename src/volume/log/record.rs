@@ -53,7 +53,7 @@ pub struct Subject {
     pub object: ObjectId,
     /// Backing inode number.
     pub ino: u64,
-    /// Backing inode number of the volume's root: tells a volume that was moved to another filesystem.
+    /// The volume's backing root (`storage::identity`): tells a volume that was moved to another place.
     pub root: u64,
     /// Counter of a header that is known to be on the medium.
     pub low: u64,
