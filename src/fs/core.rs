@@ -428,6 +428,17 @@ impl Filesystem {
                 Err(failed) if failed.errno() == libc::ESTALE && inode.removed.load(Ordering::Relaxed) => {
                     self.not_pending(&inode);
                 }
+                // Taken away or swapped in the backing store under us: one file's loss, not everybody's.
+                Err(failed)
+                    if matches!(
+                        failed.errno(),
+                        libc::ENOENT | libc::ELOOP | libc::ENXIO | libc::ENOTDIR | libc::ESTALE
+                    ) =>
+                {
+                    inode.sync_failed.store(libc::EIO, Ordering::SeqCst);
+                    self.volume.report(Damage::Planted, None, inode.ino, None);
+                    self.not_pending(&inode);
+                }
                 Err(failed) => {
                     inode.sync_failed.store(failed.errno(), Ordering::SeqCst);
                     tracing::warn!(

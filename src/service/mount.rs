@@ -178,7 +178,14 @@ fn after_unclean_end(volume: &Volume) -> Result<Vec<String>, Error> {
             done.lost
         )
     });
-    Ok(lost.into_iter().collect())
+    let passed_over = (done.passed_over > 0).then(|| {
+        format!(
+            "the last mount did not end cleanly, and its intent log names {} files that are not there or not as they were \
+             then (removed, put back, or sealed since): they were left as they are",
+            done.passed_over
+        )
+    });
+    Ok(lost.into_iter().chain(passed_over).collect())
 }
 
 /// Canonical path of a mountpoint that is not ours already.

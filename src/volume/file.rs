@@ -51,6 +51,8 @@ pub struct FileState {
     recovered: bool,
     /// Backing inode number, for the log.
     ino: u64,
+    /// The header is only in the attribute of the file's birth, and has to be written before anything else is.
+    newborn: bool,
     /// This mount has opened the file for changes: its header is unsealed, here or in the overlay.
     opened: bool,
     /// What is logged and not yet in place.
@@ -95,9 +97,11 @@ impl FileState {
         let id = ObjectId::random().map_err(|_| Errno::IO)?;
         let header = Static::make(volume.keys(), id, ObjectType::Regular, 0)?;
         let mutable = Mutable { counter: 1, ..Mutable::default() };
-        write_header_anew(volume, fd, &header, mutable)?;
+        let bytes = header_bytes(volume, &header, mutable)?;
+        storage::write_at(fd, &bytes, 0).map_err(|(_, errno)| errno)?;
+        let birth: [u8; BIRTH_LEN] = birth_of(&bytes);
         // Where it cannot be, a power cut before the first flush makes the file unreadable.
-        let _ = storage::set_xattr_fd(fd, format::BIRTH, &header.bytes());
+        let _ = storage::set_xattr_fd(fd, format::BIRTH, &birth);
         Ok(Self {
             header,
             mutable,
@@ -108,6 +112,7 @@ impl FileState {
             changes: 0,
             recovered: false,
             ino: storage::stat_fd(fd)?.st_ino,
+            newborn: false,
             opened: true,
             overlay: Overlay::new(0),
             logged: 0,
@@ -123,9 +128,6 @@ impl FileState {
     /// Any [`Damage`] of a header, [`Damage::Truncated`], [`Damage::Extended`]; the ring's; the backing filesystem's.
     pub fn load(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Self, VolumeError> {
         let Header { header, mutable, newborn } = read_header(volume, fd)?;
-        if newborn && !volume.read_only() {
-            write_header_anew(volume, fd, &header, mutable)?;
-        }
         let size = format::plain_size(backing_len_of(fd)?).unwrap_or(0);
         if size < mutable.floor || (mutable.sealed && size < mutable.size) {
             return Err(VolumeError::Damaged(Damage::Truncated));
@@ -144,6 +146,7 @@ impl FileState {
             changes: 0,
             recovered,
             ino: storage::stat_fd(fd)?.st_ino,
+            newborn,
             opened: false,
             overlay: Overlay::new(size),
             logged: 0,
@@ -282,9 +285,9 @@ impl FileState {
         }
     }
 
-    /// Whether an unclean end left something above the floor that [`mend`](Self::mend) has not looked at yet.
+    /// Whether an unclean end left something for [`mend`](Self::mend) to do.
     pub fn recovered(&self) -> bool {
-        self.recovered
+        self.recovered || self.newborn
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
@@ -293,6 +296,8 @@ impl FileState {
     /// # Errors
     /// [`Damage`] above the floor that no crash explains; the file cannot be sealed then.
     pub fn mend(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
+        // Before the flush that the seal needs: with the seal the attribute of its birth goes.
+        self.be_born(volume, fd)?;
         if !self.recovered || !self.overlay.is_empty() {
             return Ok(());
         }
@@ -373,11 +378,14 @@ pub(super) struct Header {
 pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header, VolumeError> {
     let mut bytes = [0; HEADER_LEN];
     let got = storage::read_at(fd, &mut bytes, 0)?;
+    let mut newborn = false;
+    let mut got = got;
     if content::is_zero(&bytes)
-        && let Some(birth) = storage::get_xattr_fd(fd, format::BIRTH)
+        && let Some(birth) = storage::get_xattr_fd::<BIRTH_LEN>(fd, format::BIRTH)
     {
-        let header = Static::open_as(volume.keys(), &birth, ObjectType::Regular)?;
-        return Ok(Header { header, mutable: Mutable { counter: 1, ..Mutable::default() }, newborn: true });
+        bytes[..STATIC_LEN].copy_from_slice(&birth[..STATIC_LEN]);
+        bytes[MUTABLE_AT as usize..][..2 * MUTABLE_LEN].copy_from_slice(&birth[STATIC_LEN..]);
+        (newborn, got) = (true, HEADER_LEN);
     }
     if got != HEADER_LEN {
         return Err(VolumeError::Damaged(Damage::Header));
@@ -397,7 +405,27 @@ pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header,
         return Err(VolumeError::Damaged(Damage::Header));
     };
     let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
-    Ok(Header { header, mutable, newborn: false })
+    Ok(Header { header, mutable, newborn })
+}
+
+/// Bytes of the birth attribute: a static header, and both copies of the first mutable one. The latter is what nobody can
+/// make who did not see it before the file was sealed.
+pub(super) const BIRTH_LEN: usize = STATIC_LEN + 2 * MUTABLE_LEN;
+
+fn birth_of(header: &[u8; HEADER_LEN]) -> [u8; BIRTH_LEN] {
+    let mut birth = [0; BIRTH_LEN];
+    birth[..STATIC_LEN].copy_from_slice(&header[..STATIC_LEN]);
+    birth[STATIC_LEN..].copy_from_slice(&header[MUTABLE_AT as usize..][..2 * MUTABLE_LEN]);
+    birth
+}
+
+fn header_bytes(volume: &Volume, header: &Static, mutable: Mutable) -> Result<[u8; HEADER_LEN], VolumeError> {
+    let mut bytes = [0; HEADER_LEN];
+    bytes[..STATIC_LEN].copy_from_slice(&header.bytes());
+    bytes[STATIC_LEN..2 * STATIC_LEN].copy_from_slice(&header.bytes());
+    let at = MUTABLE_AT as usize;
+    bytes[at..at + 2 * MUTABLE_LEN].copy_from_slice(&mutable.seal(volume.keys(), &header.dek, &volume.id())?);
+    Ok(bytes)
 }
 
 /// Writes all of a header.
@@ -407,11 +435,7 @@ pub(super) fn write_header_anew(
     header: &Static,
     mutable: Mutable,
 ) -> Result<(), VolumeError> {
-    let mut bytes = [0; HEADER_LEN];
-    bytes[..STATIC_LEN].copy_from_slice(&header.bytes());
-    bytes[STATIC_LEN..2 * STATIC_LEN].copy_from_slice(&header.bytes());
-    let at = MUTABLE_AT as usize;
-    bytes[at..at + 2 * MUTABLE_LEN].copy_from_slice(&mutable.seal(volume.keys(), &header.dek, &volume.id())?);
+    let bytes = header_bytes(volume, header, mutable)?;
     Ok(storage::write_at(fd, &bytes, 0).map_err(|(_, errno)| errno)?)
 }
 

@@ -17,7 +17,7 @@ pub const DIR_HEADER: &str = "lethefs.dir";
 pub const OVERFLOW_DIR: &str = "lethefs.overflow";
 /// The journal of an erase.
 pub const ERASE_FILE: &str = "lethefs.erase";
-/// Attribute of a regular file that was not sealed yet: its static header once more. Unlike contents it is journalled with
+/// Attribute of a regular file that was not sealed yet: its first header once more. Unlike contents it is journalled with
 /// the file's making, so that a power cut does not leave a file without a key.
 pub const BIRTH: &str = "user.lethefs-birth";
 /// What all names of ours begin with.

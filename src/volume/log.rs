@@ -317,6 +317,11 @@ pub fn remove(root: BorrowedFd<'_>) -> Result<(), Errno> {
     for name in NAMES {
         match storage::unlink(root, name) {
             Ok(()) | Err(Errno::NOENT) => {}
+            // A directory that somebody planted: out of the way, and there to be looked at.
+            Err(Errno::ISDIR | Errno::PERM) => {
+                let aside = format::temporary_name().map_err(|_| Errno::IO)?;
+                storage::rename(root, name, root, &*aside, storage::RenameFlags::empty())?;
+            }
             Err(errno) => return Err(errno),
         }
     }
@@ -365,7 +370,7 @@ pub fn read(root: BorrowedFd<'_>, keys: &Keyring) -> Result<Found, VolumeError> 
         let file = match storage::open_file(root, name, false) {
             Err(Errno::NOENT) => continue,
             // Not a file of ours: somebody put it there.
-            Err(Errno::LOOP | Errno::NXIO) => {
+            Err(Errno::LOOP | Errno::NXIO | Errno::ACCESS | Errno::PERM) => {
                 found.any = true;
                 found.lost += 1;
                 continue;
@@ -375,7 +380,7 @@ pub fn read(root: BorrowedFd<'_>, keys: &Keyring) -> Result<Found, VolumeError> 
         found.any = true;
         let len = storage::stat_fd(file.as_fd())?.st_size as u64;
         // Bounded: what is beyond was not written by us.
-        let mut bytes = vec![0; len.min(4 * FULL) as usize];
+        let mut bytes = vec![0; len.min(2 * FULL) as usize];
         let got = storage::read_at(file.as_fd(), &mut bytes, 0)?;
         bytes.truncate(got);
         let whole = |header: &&[u8]| header[..8] == *MAGIC && header[40..56] == check(header);
@@ -411,17 +416,18 @@ pub fn read(root: BorrowedFd<'_>, keys: &Keyring) -> Result<Found, VolumeError> 
     found.records.dedup_by_key(|record| record.sequence);
     let flushed = found.records.iter().map(|record| record.flushed).max().unwrap_or(0);
     // A generation number is a sequence number without a record.
-    let mut expected = first.or(found.records.first().map(|record| record.generation)).map_or(1, |start| start + 1);
+    let mut expected =
+        first.or(found.records.first().map(|record| record.generation)).map_or(1, |start| start.saturating_add(1));
     let mut whole = found.records.len();
     let mut lost = 0;
     for (n, record) in found.records.iter().enumerate() {
-        if record.generation + 1 == record.sequence {
+        if record.generation.saturating_add(1) == record.sequence {
             // The first of its filling: the number before it is the generation's own.
             expected += u64::from(expected == record.generation);
         }
-        if record.sequence > expected {
+        if record.sequence > expected && record.sequence > 0 {
             if expected <= flushed {
-                lost += record.sequence.min(flushed + 1) - expected;
+                lost += record.sequence.min(flushed.saturating_add(1)).saturating_sub(expected);
             }
             if record.sequence - 1 > flushed {
                 // Something before it is missing that was never flushed: as if this one had not been written either.
@@ -429,22 +435,26 @@ pub fn read(root: BorrowedFd<'_>, keys: &Keyring) -> Result<Found, VolumeError> 
                 break;
             }
         }
-        expected = record.sequence + 1;
+        expected = record.sequence.saturating_add(1);
     }
     found.lost += lost;
     found.records.truncate(whole);
     Ok(found)
 }
 
+/// All authentic records. Heads that lead nowhere may cost only so much: somebody may have planted a file full of them.
 fn scan(cipher: &crate::crypto::aead::Cipher, bytes: &[u8]) -> Vec<Record> {
-    let (mut records, mut at) = (Vec::new(), HEADER);
-    while at < bytes.len() {
+    let (mut records, mut at, mut patience) = (Vec::new(), HEADER, 16 * FULL);
+    while at < bytes.len() && patience > 0 {
         match record::decode(cipher, &bytes[at..]) {
             Some((record, len)) => {
                 records.push(record);
                 at += len;
             }
-            None => at += record::ALIGN,
+            None => {
+                patience = patience.saturating_sub(record::claimed_len(&bytes[at..]) as u64);
+                at += record::ALIGN;
+            }
         }
     }
     records

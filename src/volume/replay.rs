@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
 use super::content::{self, BlockAad};
-use super::file::{Header, keeping_times, read_header, write_header_anew};
+use super::file::{BIRTH_LEN, Header, keeping_times, read_header, write_header_anew};
 use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
 use super::header::{self, MUTABLE_AT, Mutable, STATIC_LEN, Static};
 use super::log::{self, Change, Record, Subject};
@@ -185,7 +185,8 @@ fn claimed(file: BorrowedFd<'_>) -> Result<Vec<ObjectId>, Errno> {
     storage::read_at(file, &mut head, 0)?;
     let mut copies = vec![];
     if content::is_zero(&head) {
-        copies.extend(storage::get_xattr_fd::<STATIC_LEN>(file, format::BIRTH));
+        let birth = storage::get_xattr_fd::<BIRTH_LEN>(file, format::BIRTH);
+        copies.extend(birth.and_then(|birth| birth.first_chunk().copied()));
     } else {
         copies.extend(head[..STATIC_LEN].first_chunk().copied());
         copies.extend(head[STATIC_LEN..].first_chunk().copied());

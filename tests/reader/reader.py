@@ -285,9 +285,10 @@ class Volume:
     def open_regular(self, fd: int) -> tuple[Static, Mutable, int]:
         """Section 7: both headers and the size, with the rules that need no block."""
         length, raw = os.fstat(fd).st_size, read_at(fd, 0, HEADER)
-        if not any(raw) and (birth := attribute(fd, "user.lethefs-birth")) and len(birth) == 128:
+        if not any(raw) and len(birth := attribute(fd, "user.lethefs-birth")) == 256:
+            head = self.static(birth[:128], REGULAR)
             size = PLAIN * (max(0, length - HEADER) // STORED) + max(0, max(0, length - HEADER) % STORED - OVERHEAD)
-            return self.static(birth, REGULAR), Mutable(1, 0, 0, 0), size
+            return head, self.mutable(head, bytes(256) + birth[128:]), size
         if length < HEADER or len(raw) != HEADER:
             raise Trouble(f"backing file of {length} bytes is damaged")
         heads: list[Static] = []

@@ -14,6 +14,7 @@ impl FileState {
         }
         let end = offset.checked_add(data.len() as u64).filter(|end| *end <= format::MAX_SIZE);
         let end = end.ok_or(VolumeError::TooLarge)?;
+        self.be_born(volume, fd)?;
         // Whole blocks between are holes; what the write's own first block holds before it is zeros, and written with it.
         let start = offset / BLOCK * BLOCK;
         if start > self.size {
@@ -151,6 +152,7 @@ impl FileState {
         if size > format::MAX_SIZE {
             return Err(VolumeError::TooLarge.into());
         }
+        self.be_born(volume, fd)?;
         match size.cmp(&self.size) {
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(volume, fd, size),

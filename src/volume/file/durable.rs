@@ -54,9 +54,13 @@ impl FileState {
     /// Does what was logged and is on the medium by now. Says whether all of it is done.
     ///
     /// # Errors
-    /// The backing filesystem's. What could not be done stays pending, and readable.
+    /// The backing filesystem's; [`Errno::STALE`] if this is another file. What could not be done stays pending, and readable.
     pub fn apply(&mut self, fd: BorrowedFd<'_>, flushed: u64) -> Result<bool, Errno> {
         if !self.overlay.is_empty() {
+            // Reached by its name, which somebody may have given to another file meanwhile.
+            if storage::stat_fd(fd)?.st_ino != self.ino {
+                return Err(Errno::STALE);
+            }
             keeping_times(fd, || Ok(self.overlay.apply(fd, flushed)?)).map_err(|error| match error {
                 VolumeError::Backing(errno) => errno,
                 _ => Errno::IO,
@@ -68,6 +72,16 @@ impl FileState {
     /// The last record that is pending.
     pub fn pending(&self) -> Option<u64> {
         self.overlay.last()
+    }
+
+    /// Before anything is written: a header that is only in the attribute of the file's birth comes first.
+    pub(super) fn be_born(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeError> {
+        if self.newborn {
+            write_header_anew(volume, fd, &self.header, self.mutable)?;
+            self.newborn = false;
+            self.in_place += 1;
+        }
+        Ok(())
     }
 
     pub(super) fn touch(&mut self) {
@@ -91,6 +105,7 @@ impl FileState {
         next: Mutable,
         logged: bool,
     ) -> Result<(), VolumeError> {
+        self.be_born(volume, fd)?;
         let holes = next.holes || (self.recovered && next.floor > self.mutable.floor);
         let next = Mutable { counter: self.mutable.counter + 1, holes, ..next };
         let bytes = next.seal(volume.keys(), self.dek(), &volume.id())?;
@@ -164,7 +179,7 @@ impl FileState {
         if !self.unsealed {
             return Ok(());
         }
-        if !self.overlay.is_empty() {
+        if !self.overlay.is_empty() || self.newborn {
             return Err(Errno::BUSY.into());
         }
         if self.cut_in.is_some() && volume.log().is_some() {

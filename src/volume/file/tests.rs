@@ -254,3 +254,26 @@ fn a_write_that_fails_leaves_the_old_contents() {
         assert_eq!(read[tail..], contents(size)[tail..], "size {size}, offset {offset}: the old tail");
     }
 }
+
+/// The attribute of a file's birth speaks only for a file that has no header yet, and only as it was written then.
+#[test]
+fn a_birth_cannot_be_made_for_a_sealed_file() {
+    let fixture = Fixture::new();
+    let original = sealed_file(&fixture, "f", 4 * 4096);
+    let fd = storage::open_file(fixture.volume.root().as_fd(), "f", true).unwrap();
+    assert!(storage::get_xattr_fd::<{ BIRTH_LEN }>(fd.as_fd(), format::BIRTH).is_none(), "it goes with the seal");
+    // What anybody can copy out of the file: its static header, and the mutable one of now.
+    let forged: Vec<u8> = [&original[..STATIC_LEN], &original[MUTABLE_AT as usize..][..2 * MUTABLE_LEN]].concat();
+    let mut zeroed = original.clone();
+    zeroed[..HEADER_LEN].fill(0);
+    zeroed[512 + 4124..512 + 2 * 4124].fill(0);
+    for birth in [&original[..STATIC_LEN], &[&original[..STATIC_LEN], &[0; 128]].concat(), &forged] {
+        fixture.write_backing("f", &zeroed);
+        storage::set_xattr_fd(fd.as_fd(), format::BIRTH, birth).unwrap();
+        assert!(fixture.read("f").is_err(), "{} bytes", birth.len());
+    }
+    // A newborn one whose contents a power cut took.
+    let (fd, _) = fixture.create("new");
+    storage::set_len(fd.as_fd(), 0).unwrap();
+    assert_eq!(fixture.read("new").unwrap(), b"");
+}

@@ -99,6 +99,21 @@ impl Change {
     }
 }
 
+/// Largest payload: a request of 1 MiB that touches one block more than it fills, and a bit.
+const PAYLOAD_MAX: usize = 260 * crate::volume::format::SEALED_BLOCK as usize;
+
+/// Bytes that had to be looked at to find that this is no record.
+pub(super) fn claimed_len(bytes: &[u8]) -> usize {
+    match bytes.get(..8) {
+        Some(magic) if magic == MAGIC => {
+            let len =
+                bytes.get(CLEAR_AT..).and_then(|clear| clear.first_chunk()).map_or(0, |len| u32::from_le_bytes(*len));
+            (len as usize).min(PAYLOAD_MAX)
+        }
+        _ => 0,
+    }
+}
+
 /// Bytes that a record with this payload takes.
 pub(super) fn len(payload: usize) -> usize {
     (HEAD + payload).next_multiple_of(ALIGN)
@@ -143,6 +158,9 @@ pub(super) fn decode(cipher: &Cipher, bytes: &[u8]) -> Option<(Record, usize)> {
         return None;
     }
     let payload_len = u32::from_le_bytes(*bytes[CLEAR_AT..].first_chunk()?) as usize;
+    if payload_len > PAYLOAD_MAX {
+        return None;
+    }
     let clear = bytes.get(CLEAR_AT..HEAD.checked_add(payload_len)?)?;
     let nonce = bytes[8..].first_chunk()?;
     let tag = bytes[32..].first_chunk()?;

@@ -143,3 +143,31 @@ fn flushes_are_shared() {
     assert_eq!((found.records.len(), found.lost), (400, 0));
     assert!(log.flushes() <= 400, "{}", log.flushes());
 }
+
+/// What somebody may put in a log's place: nothing of it hangs, panics or lasts.
+#[test]
+fn planted_logs() {
+    let f = fixture();
+    let path = f.dir.path().join(NAMES[0]);
+    let mut greatest = vec![0; HEADER + 512];
+    greatest[..HEADER].copy_from_slice(&header(0, 1, u64::MAX, 0));
+    let mut heads = vec![0; 8 << 20];
+    for at in (HEADER..heads.len()).step_by(512) {
+        heads[at..at + 8].copy_from_slice(b"LETHEREC");
+        heads[at + 144..at + 148].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+    }
+    for bytes in [Vec::new(), vec![0xff; 100], greatest, header(7, 9, 1, 0).to_vec(), heads] {
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(f.read().records.is_empty());
+    }
+    remove(f.volume.root().as_fd()).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+    assert_eq!((f.read().any, f.read().lost), (true, 1));
+    remove(f.volume.root().as_fd()).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    std::fs::write(path.join("in it"), b"").unwrap();
+    assert_eq!(f.read().lost, 1);
+    remove(f.volume.root().as_fd()).unwrap();
+    assert!(!f.read().any);
+    f.log(FULL);
+}
