@@ -569,7 +569,7 @@ impl Filesystem {
             }
         }
         let by_syncfs = ready.len() >= SYNCFS_FROM;
-        if by_syncfs && let Err(errno) = storage::sync_filesystem(self.volume.root().as_fd()) {
+        if by_syncfs && let Err(errno) = self.flushed_in_place(storage::sync_filesystem(self.volume.root().as_fd())) {
             // The kernel reports a lost write once: whoever asks for these files next must hear of it.
             for (inode, _) in &ready {
                 inode.sync_failed.store(errno.raw_os_error(), Ordering::SeqCst);
@@ -611,7 +611,7 @@ impl Filesystem {
     fn seal_file(&self, inode: Arc<Inode>, changes: u64, flushed: bool) -> Outcome<()> {
         let open = self.open(&inode)?;
         if !flushed {
-            storage::sync_data(open.fd.as_fd())
+            self.flushed_in_place(storage::sync_data(open.fd.as_fd()))
                 .inspect_err(|errno| inode.sync_failed.store(errno.raw_os_error(), Ordering::SeqCst))?;
         }
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);

@@ -252,3 +252,36 @@ fn short_writes_and_errors_of_the_store_come_out_right() {
     assert_eq!(fs::read(v.at("file")).unwrap(), expected);
     v.umount();
 }
+
+#[test]
+fn after_a_failed_flush_the_log_is_kept_and_replayed() {
+    let on = OnFaulty::new();
+    let v = &on.v;
+    fs::write(v.at("file"), bytes(20_000, 1)).unwrap();
+    v.remount(&[]);
+    let ino = on.ino("file");
+    let mut left = 1;
+    on.store.rule(move |call| {
+        if call.op == Op::Fsync && call.ino == ino && left > 0 {
+            left -= 1;
+            return Fate::Fail(libc::EIO);
+        }
+        Fate::Pass
+    });
+    let file = File::options().read(true).write(true).open(v.at("file")).unwrap();
+    file.write_all_at(b"logged", 100).unwrap();
+    file.sync_data().unwrap();
+    drop(file);
+    // The sealer's flush of the file: whatever was put in place may be lost with it, and nobody will be told again.
+    on.store.wait_for(|call| call.op == Op::Fsync && call.ino == ino);
+    v.cli(&["umount", "mnt"]).is(0);
+    assert_ne!(v.daemon_exit(), Some(0), "not a clean end");
+    assert!(v.backing().join("lethefs.log.0").exists());
+    on.store.heal();
+    v.mount(&[]);
+    let mut expected = bytes(20_000, 1);
+    expected[100..106].copy_from_slice(b"logged");
+    assert_eq!(fs::read(v.at("file")).unwrap(), expected);
+    v.umount();
+    assert!(!v.backing().join("lethefs.log.0").exists());
+}
