@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use fault::{Fault, Finding};
-use rayon::prelude::*;
 
 use super::dir::DirKeys;
 use super::file::FileState;
@@ -72,11 +71,37 @@ struct Check<'a> {
     records: HashMap<ObjectId, Vec<Record>>,
     /// Backing inode numbers by object: two of one are copies.
     objects: Mutex<HashMap<ObjectId, u64>>,
-    /// Files with several names that were looked at.
-    linked: Mutex<HashSet<u64>>,
+    /// Files with several names, by backing inode number.
+    linked: Mutex<HashMap<u64, Linked>>,
     /// Symlinks that have a tail.
     tails: Mutex<HashSet<ObjectId>>,
     failed: Mutex<Option<VolumeError>>,
+}
+
+/// A directory whose entries are being looked at.
+struct Listed {
+    place: Arc<Place>,
+    fd: Arc<OwnedFd>,
+    keys: Option<DirKeys>,
+    names: Vec<Vec<u8>>,
+}
+
+/// Entries that one task looks at: many enough to be worth one.
+const ENTRIES_AT_ONCE: usize = 16;
+
+/// A file with several names: looked at under the first that comes, and what is wrong with it is said of all.
+#[derive(Default)]
+struct Linked {
+    /// What was found, once it was looked at.
+    found: Option<Vec<(Fault, Finding)>>,
+    /// Names that came meanwhile.
+    waiting: Vec<Waiting>,
+}
+
+struct Waiting {
+    place: Arc<Place>,
+    name: Vec<u8>,
+    plain: Option<Vec<u8>>,
 }
 
 /// One entry of a directory that is being looked at.
@@ -238,7 +263,18 @@ impl<'a> Check<'a> {
             }
         }
         self.own_names(&raw, place, fd, is_root);
-        entries.par_iter().for_each(|(name, _)| self.entry(scope, name, keys.as_ref(), place, fd));
+        // Tasks that wait for nothing: a worker that waits would take up others on top of its stack, without a bound.
+        let names = entries.into_iter().map(|(name, _)| name.clone()).collect();
+        let listed = Arc::new(Listed { place: place.clone(), fd: fd.clone(), keys, names });
+        for start in (0..listed.names.len()).step_by(ENTRIES_AT_ONCE) {
+            let listed = listed.clone();
+            scope.spawn(move |scope| {
+                let end = (start + ENTRIES_AT_ONCE).min(listed.names.len());
+                for name in &listed.names[start..end] {
+                    self.entry(scope, name, listed.keys.as_ref(), &listed.place, &listed.fd);
+                }
+            });
+        }
     }
 
     /// Whether a directory is still to be reached by the names that led to it.

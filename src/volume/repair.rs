@@ -7,6 +7,7 @@
 
 mod salvage;
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -76,8 +77,10 @@ pub fn repair(volume: &Volume, findings: &[Finding]) -> Result<Vec<Outcome>, Vol
         (std::cmp::Reverse(finding.place.len()), order(finding.fault))
     });
     let mut outcomes = vec![Outcome::Left; findings.len()];
+    // Files of which the contents were saved: not once for each of their names.
+    let mut saved = HashMap::new();
     for n in todo {
-        outcomes[n] = match one(volume, &findings[n]) {
+        outcomes[n] = match one(volume, &findings[n], &mut saved) {
             Ok(Some(done)) => Outcome::Done(done),
             Ok(None) => Outcome::Left,
             Err(error @ VolumeError::Keyring(_)) => return Err(error),
@@ -97,7 +100,13 @@ fn open_place(volume: &Volume, names: &[Vec<u8>]) -> Result<OwnedFd, Errno> {
     Ok(fd)
 }
 
-fn one(volume: &Volume, finding: &Finding) -> Result<Option<String>, VolumeError> {
+fn one(volume: &Volume, finding: &Finding, saved: &mut HashMap<u64, String>) -> Result<Option<String>, VolumeError> {
+    if matches!(
+        finding.fault,
+        Fault::Block | Fault::OtherFilesystem | Fault::Unreadable | Fault::Duplicate | Fault::Foreign
+    ) {
+        return Ok(None);
+    }
     let at = finding.place.as_slice();
     let (parent, name) = match at.split_last() {
         Some((name, parents)) => (open_place(volume, parents)?, name.as_slice()),
@@ -118,8 +127,12 @@ fn one(volume: &Volume, finding: &Finding) -> Result<Option<String>, VolumeError
         }
         Fault::MutableHeader | Fault::Truncated | Fault::Extended => {
             let keys = parent_keys(volume, parent)?;
-            let done = salvage::save(volume, parent, &keys, name, finding.fault)?;
+            let done = match saved.get(&finding.ino) {
+                Some(done) => done.clone(),
+                None => salvage::save(volume, parent, &keys, name, finding.fault)?,
+            };
             Quarantine::open(volume)?.take(parent, name, at, finding.fault)?;
+            saved.insert(finding.ino, done.clone());
             Ok(Some(done))
         }
         Fault::RootHeader => {
@@ -148,10 +161,11 @@ fn one(volume: &Volume, finding: &Finding) -> Result<Option<String>, VolumeError
             storage::unlink(parent, name)?;
             Ok(Some("removed".into()))
         }
+        // Seen to before, or beyond repair.
         Fault::VolumeFile
-        | Fault::Block
         | Fault::Log
         | Fault::Unclean
+        | Fault::Block
         | Fault::OtherFilesystem
         | Fault::Unreadable
         | Fault::Duplicate

@@ -185,28 +185,70 @@ impl<'a> Check<'a> {
     }
 
     fn file(&self, entry: &Entry<'_>) {
-        if entry.stat.st_nlink > 1 && !lock(&self.linked).insert(entry.stat.st_ino) {
+        let linked = entry.stat.st_nlink > 1;
+        if linked && !self.is_first_name(entry) {
             return;
         }
-        let Some(fd) = self.open(entry) else { return };
-        let looks = if self.request.live.is_some() { LOOKS } else { 1 };
-        for look in 1..=looks {
-            let mut found = Vec::new();
-            match self.look(entry, fd.as_fd(), look == 1, &mut found) {
-                Ok(()) if found.is_empty() => return,
-                Ok(()) => {}
-                Err(error @ VolumeError::Keyring(_)) => return self.fail(error),
-                Err(error) => return self.report_entry(Fault::Unreadable, entry, because(0, &error)),
-            }
-            if !self.still_there(entry.dir.as_fd(), entry.name, entry.stat.st_ino) {
-                return;
-            }
-            if look == looks {
-                for (fault, more) in found {
-                    self.report_entry(fault, entry, more);
+        let found = self.look_until_sure(entry);
+        for (fault, more) in &found {
+            self.report_entry(*fault, entry, more.clone());
+        }
+        if linked {
+            let mut all = lock(&self.linked);
+            let this = all.entry(entry.stat.st_ino).or_default();
+            for Waiting { place, name, plain } in this.waiting.drain(..) {
+                for (fault, more) in &found {
+                    let more = Finding { ino: entry.stat.st_ino, ..more.clone() };
+                    self.report(*fault, &place, Some((&name, plain.as_deref())), more);
                 }
             }
+            this.found = Some(found);
         }
+    }
+
+    /// Whether nobody looks at this file yet; else what was found of it is said of this name, too, now or later.
+    fn is_first_name(&self, entry: &Entry<'_>) -> bool {
+        let mut all = lock(&self.linked);
+        let mut first = false;
+        let this = all.entry(entry.stat.st_ino).or_insert_with(|| {
+            first = true;
+            Linked::default()
+        });
+        match &this.found {
+            _ if first => {}
+            Some(found) => {
+                for (fault, more) in found {
+                    self.report_entry(*fault, entry, more.clone());
+                }
+            }
+            None => this.waiting.push(Waiting {
+                place: entry.place.clone(),
+                name: entry.name.to_vec(),
+                plain: entry.plain.clone(),
+            }),
+        }
+        first
+    }
+
+    /// Looks at a file, and again if a live mount may have changed it meanwhile. What is wrong with it.
+    fn look_until_sure(&self, entry: &Entry<'_>) -> Vec<(Fault, Finding)> {
+        let mut found = Vec::new();
+        let Some(fd) = self.open(entry) else { return found };
+        let looks = if self.request.live.is_some() { LOOKS } else { 1 };
+        for look in 1..=looks {
+            found.clear();
+            match self.look(entry, fd.as_fd(), look == 1, &mut found) {
+                Ok(()) if found.is_empty() => break,
+                Ok(()) => {}
+                Err(error @ VolumeError::Keyring(_)) => self.fail(error),
+                Err(error) => found.push((Fault::Unreadable, because(0, &error))),
+            }
+            if !self.still_there(entry.dir.as_fd(), entry.name, entry.stat.st_ino) {
+                found.clear();
+                break;
+            }
+        }
+        found
     }
 
     /// Everything about one regular file. What is wrong with its contents goes to `found`; what does not change from look to
