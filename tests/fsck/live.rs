@@ -25,10 +25,10 @@ fn a_volume_in_use_is_clean_however_busy_it_is() {
                     n += 1;
                     let file = OpenOptions::new().write(true).create(true).truncate(false).open(at("over")).unwrap();
                     file.write_all_at(&pattern(9000, n as u8), (n * 3001 % 100_000) as u64).unwrap();
-                    if n % 3 == 0 {
+                    if n.is_multiple_of(3) {
                         file.set_len((n * 977 % 50_000) as u64).unwrap();
                     }
-                    if n % 5 == 0 {
+                    if n.is_multiple_of(5) {
                         file.sync_all().unwrap();
                     }
                     fs::write(at("new"), pattern(n * 37 % 9000, 1)).unwrap();
