@@ -38,6 +38,36 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Each kind.
+    pub const ALL: [Self; 26] = [
+        Self::VolumeFile,
+        Self::RootHeader,
+        Self::DirectoryHeader,
+        Self::Header,
+        Self::HeaderCopy,
+        Self::MutableHeader,
+        Self::ObjectType,
+        Self::Truncated,
+        Self::Extended,
+        Self::Block,
+        Self::Name,
+        Self::Sidecar,
+        Self::Planted,
+        Self::Link,
+        Self::LinkTail,
+        Self::Attribute,
+        Self::Log,
+        Self::OtherFilesystem,
+        Self::Unreadable,
+        Self::Unclean,
+        Self::Duplicate,
+        Self::Leftover,
+        Self::Displaced,
+        Self::SidecarOrphan,
+        Self::LinkTailOrphan,
+        Self::Foreign,
+    ];
+
     /// Whether it costs nothing: a volume with notes alone is clean.
     pub fn is_note(self) -> bool {
         matches!(
