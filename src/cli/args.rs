@@ -29,10 +29,10 @@ pub enum Command {
     Umount(Umount),
     /// Show a volume, a mount, or all live mounts
     Status(Status),
-    /// Destroy a volume's key, and with it the contents of every copy
-    Erase(Erase),
     /// Check a volume, and repair what can be repaired
     Fsck(Fsck),
+    /// Destroy a volume's key, and with it the contents of every copy
+    Erase(Erase),
     /// Look at keys
     Keys {
         /// What to do

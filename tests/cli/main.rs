@@ -22,7 +22,7 @@ fn help_names_every_command_and_is_not_an_error() {
         .take_while(|line| !line.is_empty())
         .filter_map(|line| line.split_whitespace().next())
         .collect();
-    assert_eq!(commands, ["init", "mount", "umount", "status", "erase", "keys", "completions", "help"]);
+    assert_eq!(commands, ["init", "mount", "umount", "status", "fsck", "erase", "keys", "completions", "help"]);
     world.run(&["--version"]).is(0);
     let bash = world.run(&["completions", "bash"]);
     bash.is(0);
@@ -66,7 +66,8 @@ fn the_table_of_findings_is_the_documents() {
         .collect();
     let words = lethefs::volume::check::Fault::ALL.map(|fault| serde_json::to_value(fault).unwrap());
     let mut known: Vec<&str> = words.iter().map(|word| word.as_str().unwrap()).collect();
-    (told.sort_unstable(), known.sort_unstable());
+    told.sort_unstable();
+    known.sort_unstable();
     assert_eq!(told, known);
 }
 
