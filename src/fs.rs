@@ -8,6 +8,8 @@
 pub mod adapter;
 pub mod attributes;
 pub mod core;
+#[cfg(test)]
+mod crash_tests;
 pub mod data;
 pub mod errno;
 pub mod inode;
