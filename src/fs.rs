@@ -10,6 +10,8 @@ pub mod adapter;
 pub mod attributes;
 mod check;
 pub mod core;
+#[cfg(test)]
+mod crash_tests;
 pub mod data;
 pub mod errno;
 pub mod inode;

@@ -291,6 +291,8 @@ impl Filesystem {
             let unsealed = state.unsealed() && open.writable;
             *guard = Some(Box::new(state));
             if unsealed {
+                // Nor is it known whether its name was flushed.
+                inode.unnamed.store(true, Ordering::SeqCst);
                 self.changed(inode, false);
             }
         }
@@ -611,9 +613,12 @@ impl Filesystem {
     fn seal_file(&self, inode: Arc<Inode>, changes: u64, flushed: bool) -> Outcome<()> {
         let open = self.open(&inode)?;
         if !flushed {
-            self.flushed_in_place(storage::sync_data(open.fd.as_fd()))
+            let unnamed = inode.unnamed.load(Ordering::SeqCst);
+            let flush = if unnamed { storage::sync_fd } else { storage::sync_data };
+            self.flushed_in_place(flush(open.fd.as_fd()))
                 .inspect_err(|errno| inode.sync_failed.store(errno.raw_os_error(), Ordering::SeqCst))?;
         }
+        inode.unnamed.store(false, Ordering::SeqCst);
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
         let Some(state) = guard.as_mut() else { return Ok(()) };
         if state.changes() != changes {

@@ -120,6 +120,8 @@ impl Filesystem {
 
     /// What is logged is on the medium once the log is; what is not logged once the file itself is.
     fn fsync_file(&self, inode: &Arc<Inode>, data_only: bool) -> Outcome<()> {
+        // The name of a new file is part of what is asked for.
+        let data_only = data_only && !inode.unnamed.load(Ordering::SeqCst);
         let mark = {
             let (mut guard, open) = self.file_mut(inode)?;
             let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
@@ -149,6 +151,9 @@ impl Filesystem {
             errno => return Err(Failed::raw(errno)),
         }
         flushed?;
+        if !data_only {
+            inode.unnamed.store(false, Ordering::SeqCst);
+        }
         if let Some(mark) = mark {
             let settled = match self.file_mut(inode)?.0.as_mut() {
                 Some(state) => state.flushed(&self.volume, mark).map_err(|error| self.failed(inode, error))?,
