@@ -3,11 +3,12 @@
 //!
 //! - [`inode`] node ids, where each object is in the backing tree, its open descriptor and state;
 //! - [`core`] the shared part; [`namespace`] names; [`data`] contents; [`attributes`] stat and xattrs;
-//! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
+//! - `damage` what is told of damage; [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
 
 pub mod adapter;
 pub mod attributes;
 pub mod core;
+mod damage;
 pub mod data;
 pub mod errno;
 pub mod inode;

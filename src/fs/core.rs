@@ -10,7 +10,7 @@ use super::errno::Failed;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
 use crate::keyring::Dek;
 use crate::volume::dir::DirKeys;
-use crate::volume::file::{FileState, ReadError};
+use crate::volume::file::FileState;
 use crate::volume::storage::{self, Errno, FileType, Stat};
 use crate::volume::{Damage, Volume, VolumeError, format, node};
 
@@ -335,16 +335,6 @@ impl Filesystem {
         Ok(inode.node.get_or_init(|| Box::new(header)))
     }
 
-    /// Reports damage and gives the errno.
-    pub fn failed(&self, inode: &Inode, error: impl Into<ReadError>) -> Failed {
-        let error = error.into();
-        if let VolumeError::Damaged(damage) = error.error {
-            let object = inode.dir.get().map(|dir| dir.id());
-            self.volume.report(damage, object, inode.ino, error.block);
-        }
-        error.into()
-    }
-
     fn now(&self) -> u64 {
         self.started.elapsed().as_secs()
     }
@@ -436,7 +426,7 @@ impl Filesystem {
                     ) =>
                 {
                     inode.sync_failed.store(libc::EIO, Ordering::SeqCst);
-                    self.volume.report(Damage::Planted, None, inode.ino, None);
+                    self.failed(&inode, VolumeError::Damaged(Damage::Planted));
                     self.not_pending(&inode);
                 }
                 Err(failed) => {

@@ -374,12 +374,28 @@ pub(super) struct Header {
     pub(super) newborn: bool,
 }
 
+/// Which object a file is, if its static header opens: also where nothing else does.
+pub fn identify(volume: &Volume, fd: BorrowedFd<'_>) -> Option<ObjectId> {
+    let (bytes, _) = header_of(fd).ok()?;
+    Some(read_static(volume, &bytes).ok()?.dek.object())
+}
+
 /// Reads and authenticates a header.
 pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header, VolumeError> {
+    let (bytes, newborn) = header_of(fd)?;
+    let header = read_static(volume, &bytes)?;
+    let Some(mutable) = bytes[MUTABLE_AT as usize..].first_chunk() else {
+        return Err(VolumeError::Damaged(Damage::Header));
+    };
+    let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
+    Ok(Header { header, mutable, newborn })
+}
+
+/// The bytes of a header, and whether only the attribute of the file's birth still has them.
+fn header_of(fd: BorrowedFd<'_>) -> Result<([u8; HEADER_LEN], bool), VolumeError> {
     let mut bytes = [0; HEADER_LEN];
-    let got = storage::read_at(fd, &mut bytes, 0)?;
+    let mut got = storage::read_at(fd, &mut bytes, 0)?;
     let mut newborn = false;
-    let mut got = got;
     if content::is_zero(&bytes)
         && let Some(birth) = storage::get_xattr_fd::<BIRTH_LEN>(fd, format::BIRTH)
     {
@@ -387,25 +403,22 @@ pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header,
         bytes[MUTABLE_AT as usize..][..2 * MUTABLE_LEN].copy_from_slice(&birth[STATIC_LEN..]);
         (newborn, got) = (true, HEADER_LEN);
     }
-    if got != HEADER_LEN {
-        return Err(VolumeError::Damaged(Damage::Header));
-    }
+    if got == HEADER_LEN { Ok((bytes, newborn)) } else { Err(VolumeError::Damaged(Damage::Header)) }
+}
+
+/// The first copy of the static header that opens.
+fn read_static(volume: &Volume, bytes: &[u8; HEADER_LEN]) -> Result<Static, VolumeError> {
     let (Some(a), Some(b)) = (bytes.first_chunk(), bytes[STATIC_LEN..].first_chunk()) else {
         return Err(VolumeError::Damaged(Damage::Header));
     };
     let open = |copy| Static::open_as(volume.keys(), copy, ObjectType::Regular);
-    let header = match open(a) {
+    match open(a) {
         Err(VolumeError::Damaged(damage)) => open(b).map_err(|error| match error {
             VolumeError::Damaged(_) => VolumeError::Damaged(damage),
             other => other,
-        })?,
-        other => other?,
-    };
-    let Some(mutable) = bytes[MUTABLE_AT as usize..].first_chunk() else {
-        return Err(VolumeError::Damaged(Damage::Header));
-    };
-    let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
-    Ok(Header { header, mutable, newborn })
+        }),
+        other => other,
+    }
 }
 
 /// Bytes of the birth attribute: a static header, and both copies of the first mutable one. The latter is what nobody can

@@ -129,7 +129,10 @@ impl FileState {
         let old_len = format::backing_len(self.size);
         for old in kept.iter().filter(|old| old.index >= torn || self.size < (old.index + 1) * BLOCK) {
             if storage::write_at(fd, &old.sealed, format::block_offset(old.index)).is_err() {
-                volume.report(Damage::Block, Some(self.dek().object()), 0, Some(old.index));
+                volume.report(Damage::Block, self.ino, Some(old.index), || crate::volume::events::Victim {
+                    object: Some(self.dek().object()),
+                    path: None,
+                });
             }
         }
         let partly = done as u64 % SEALED_BLOCK;
