@@ -13,7 +13,7 @@ use super::errno::Failed;
 use super::inode::{Inode, Kind, Link, ROOT, lock};
 use crate::volume::header::ObjectType;
 use crate::volume::storage::{self, Errno, Stat};
-use crate::volume::{Damage, Volume, VolumeError, file, format, link, xattr};
+use crate::volume::{Damage, VolumeError, file, format, link, xattr};
 
 /// The type a program sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,7 +291,7 @@ impl Filesystem {
             return Ok(Vec::new());
         }
         let (dek, held) = (self.dek(&inode)?, self.hold(&inode)?);
-        let damaged = |damage| drop(self.failed(&inode, VolumeError::Damaged(damage)));
+        let damaged = |damage| _ = self.failed(&inode, VolumeError::Damaged(damage));
         let mut names =
             xattr::list(&self.volume, held.as_fd(), &dek, damaged).map_err(|error| self.failed(&inode, error))?;
         if self.acl {

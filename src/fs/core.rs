@@ -10,6 +10,7 @@ use super::errno::Failed;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
 use crate::keyring::Dek;
 use crate::volume::dir::DirKeys;
+use crate::volume::events::Limiter;
 use crate::volume::file::FileState;
 use crate::volume::storage::{self, Errno, FileType, Stat};
 use crate::volume::{Damage, Volume, VolumeError, format, node};
@@ -61,7 +62,9 @@ pub struct Filesystem {
     pub counters: Counters,
     /// Who we are: files made by others are handed over to them.
     pub owner: Caller,
-    started: Instant,
+    pub(super) started: Instant,
+    /// Limits what the sealer says of files that it comes back to every few seconds.
+    pub(super) grumbles: Limiter,
     unsealed: Mutex<HashMap<u64, Arc<Inode>>>,
     /// Files with changes that are logged and not yet in place.
     pending: Mutex<HashMap<u64, Arc<Inode>>>,
@@ -89,6 +92,7 @@ impl Filesystem {
             counters: Counters::default(),
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),
+            grumbles: Limiter::default(),
             unsealed: Mutex::new(HashMap::new()),
             pending: Mutex::new(HashMap::new()),
             committing: Mutex::new(()),
@@ -431,11 +435,7 @@ impl Filesystem {
                 }
                 Err(failed) => {
                     inode.sync_failed.store(failed.errno(), Ordering::SeqCst);
-                    tracing::warn!(
-                        backing_ino = inode.ino,
-                        errno = failed.errno(),
-                        "logged changes are not in place yet"
-                    );
+                    self.grumble(inode.ino, failed, "logged changes are not in place yet");
                     result = Err(failed);
                 }
             }
@@ -545,7 +545,7 @@ impl Filesystem {
             }
             if let Err(failed) = self.mend(&inode) {
                 left += 1;
-                tracing::warn!(backing_ino = inode.ino, errno = failed.errno(), "a file cannot be sealed");
+                self.grumble(inode.ino, failed, "a file cannot be sealed");
                 continue;
             }
             let state = inode.file.read().unwrap_or_else(PoisonError::into_inner);
@@ -571,7 +571,7 @@ impl Filesystem {
             let ino = inode.ino;
             if let Err(failed) = self.seal_file(inode, changes, by_syncfs) {
                 left += 1;
-                tracing::warn!(backing_ino = ino, errno = failed.errno(), "a header could not be sealed yet");
+                self.grumble(ino, failed, "a header could not be sealed yet");
             }
         }
         // What sealing logged: that earlier cuts are settled.

@@ -32,6 +32,13 @@ impl Filesystem {
         });
     }
 
+    /// Logs what will be tried again, and will fail again: not each time.
+    pub(super) fn grumble(&self, backing_ino: u64, failed: Failed, what: &str) {
+        if let Some(held_back) = self.grumbles.admit(self.started.elapsed()) {
+            tracing::warn!(backing_ino, errno = failed.errno(), held_back, "{what}");
+        }
+    }
+
     /// Which object an inode is, as far as that is authentic. The caller may hold its content lock, and nothing else.
     fn identify(&self, inode: &Inode) -> Option<ObjectId> {
         match inode.kind {

@@ -11,10 +11,12 @@
 
 mod change;
 mod durable;
+mod gaps;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
 
+use gaps::Gaps;
 use zeroize::Zeroizing;
 
 use super::content::{self, BlockAad, BlockRange};
@@ -49,6 +51,8 @@ pub struct FileState {
     /// Left unsealed by an unclean end: blocks above the floor may be zeros that no program wrote. Raising the floor over
     /// them must not turn what reads as zeros into an error.
     recovered: bool,
+    /// Where zeros are holes.
+    gaps: Gaps,
     /// Backing inode number, for the log.
     ino: u64,
     /// The header is only in the attribute of the file's birth, and has to be written before anything else is.
@@ -111,6 +115,7 @@ impl FileState {
             unsealed: true,
             changes: 0,
             recovered: false,
+            gaps: Gaps::none(),
             ino: storage::stat_fd(fd)?.st_ino,
             newborn: false,
             opened: true,
@@ -145,6 +150,7 @@ impl FileState {
             unsealed: !mutable.sealed,
             changes: 0,
             recovered,
+            gaps: if recovered || mutable.holes { Gaps::unknown() } else { Gaps::none() },
             ino: storage::stat_fd(fd)?.st_ino,
             newborn,
             opened: false,
@@ -277,12 +283,18 @@ impl FileState {
         };
         match opened {
             // Never flushed and cut off by a crash: it might as well not be there at all.
-            Err(_) if above_floor && torn(index, stored, complete) => {
+            Err(_) if above_floor && (self.may_lack_its_end(index) || torn(index, stored, complete)) => {
                 plain.fill(0);
                 Ok(())
             }
             other => other.map_err(|damage| ReadError::damaged(damage, index)),
         }
+    }
+
+    /// Whether this is a short last block: the length may be one that a write had on its way (a killed daemon's ends between
+    /// two pages), and the tag may lie beyond it.
+    fn may_lack_its_end(&self, index: u64) -> bool {
+        index == self.size / BLOCK && !self.size.is_multiple_of(BLOCK)
     }
 
     /// Whether an unclean end left something for [`mend`](Self::mend) to do.

@@ -192,7 +192,9 @@ impl FileState {
         // In place: everything that it promises has been flushed.
         self.opened = true;
         let size = self.size;
-        let next = Mutable { size, floor: size, sealed: true, ..self.mutable };
+        // (What a crash tore and this mount has mended is not known block by block.)
+        let holes = self.mutable.holes && !self.gaps.is_none();
+        let next = Mutable { size, floor: size, sealed: true, holes, ..self.mutable };
         keeping_times(fd, || self.write_header(volume, fd, next))?;
         // Of no more use; and no way back to an empty file for whoever zeroes the header.
         let _ = storage::remove_xattr_fd(fd, format::BIRTH);
