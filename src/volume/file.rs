@@ -30,6 +30,9 @@ use crate::crypto::kdf::DekLabel;
 use crate::crypto::{NONCE_LEN, ObjectId, random};
 use crate::keyring::Dek;
 
+/// So many blocks that a crash left as zeros are written anew; more than that become holes.
+const FILLED: u64 = 4096;
+
 thread_local! {
     /// Ciphertext of one request. Grows to the largest request (1 MiB and its overhead) and stays.
     static SEALED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -51,6 +54,9 @@ pub struct FileState {
     /// Left unsealed by an unclean end: blocks above the floor may be zeros that no program wrote. Raising the floor over
     /// them must not turn what reads as zeros into an error.
     recovered: bool,
+    /// Of a recovered file: the blocks above the floor are in order, but for zeros if there are `zeros`.
+    mended: bool,
+    zeros: bool,
     /// Where zeros are holes.
     gaps: Gaps,
     /// Backing inode number, for the log.
@@ -115,6 +121,8 @@ impl FileState {
             unsealed: true,
             changes: 0,
             recovered: false,
+            mended: false,
+            zeros: false,
             gaps: Gaps::none(),
             ino: storage::stat_fd(fd)?.st_ino,
             newborn: false,
@@ -150,6 +158,8 @@ impl FileState {
             unsealed: !mutable.sealed,
             changes: 0,
             recovered,
+            mended: false,
+            zeros: false,
             gaps: if recovered || mutable.holes { Gaps::unknown() } else { Gaps::none() },
             ino: storage::stat_fd(fd)?.st_ino,
             newborn,
@@ -303,7 +313,7 @@ impl FileState {
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
-    /// become the zeros that they read as.
+    /// become the zeros that they read as, sealed like any others. If they are very many, they become holes.
     ///
     /// # Errors
     /// [`Damage`] above the floor that no crash explains; the file cannot be sealed then.
@@ -315,24 +325,50 @@ impl FileState {
         }
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
         let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
+        let (mut filled, mut zeros) = (0, false);
         for index in self.mutable.floor.div_ceil(BLOCK)..self.size.div_ceil(BLOCK) {
             let len = (self.size - index * BLOCK).min(BLOCK) as usize;
             let stored = self.stored(fd, index, len)?;
             let complete = stored.len() == len + BLOCK_OVERHEAD as usize;
+            let zero = complete && content::is_zero(&stored);
+            if zero && self.mutable.holes {
+                continue;
+            }
+            let nonce = random::nonce().map_err(|_| VolumeError::Backing(Errno::IO))?;
+            let mut sealed = vec![0; len + BLOCK_OVERHEAD as usize];
             let genuine = volume.keys().with_keys(self.dek(), |keys| {
                 let cipher = keys.cipher(DekLabel::Content);
-                let genuine = complete
-                    && (content::is_zero(&stored)
-                        || content::open_block(&cipher, &mut aad, index, &stored, &mut plain[..len]).is_ok());
-                if genuine {
-                    Ok(true)
-                } else {
-                    self.open(&cipher, &mut aad, index, &stored, &mut plain[..len]).map(|()| false)
+                if complete && content::open_block(&cipher, &mut aad, index, &stored, &mut plain[..len]).is_ok() {
+                    return Ok(true);
                 }
+                self.open(&cipher, &mut aad, index, &stored, &mut plain[..len])?;
+                if filled < FILLED {
+                    content::seal_block(&cipher, &mut aad, index, &nonce, &plain[..len], &mut sealed);
+                }
+                Ok::<_, ReadError>(false)
             })??;
-            if !genuine {
-                let zeros = vec![0; len + BLOCK_OVERHEAD as usize];
-                storage::write_at(fd, &zeros, format::block_offset(index)).map_err(|(_, errno)| errno)?;
+            if genuine {
+                continue;
+            }
+            zeros |= filled == FILLED;
+            filled = (filled + 1).min(FILLED);
+            if !(zeros && zero) {
+                storage::write_at(fd, &sealed, format::block_offset(index)).map_err(|(_, errno)| errno)?;
+            }
+        }
+        if zeros {
+            self.check_for_zeros_below_floor(fd)?;
+        }
+        (self.mended, self.zeros) = (true, zeros);
+        Ok(())
+    }
+
+    /// Before zeros are called holes in a file that had none: those that are there already must not become holes with them.
+    fn check_for_zeros_below_floor(&self, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
+        for index in 0..self.mutable.floor.div_ceil(BLOCK) {
+            let len = (self.size - index * BLOCK).min(BLOCK) as usize;
+            if content::is_zero(&self.stored(fd, index, len)?) {
+                return Err(ReadError::damaged(Damage::Block, index));
             }
         }
         Ok(())
