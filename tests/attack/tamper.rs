@@ -61,7 +61,7 @@ fn check(path: &Path, content: &[u8], expect: Expect, what: &str) {
     // In order, as most programs read.
     let mut file = File::open(path).unwrap_or_else(|error| panic!("{what}: {error}"));
     let mut got = Vec::new();
-    let mut buffer = [0; 1000];
+    let mut buffer = vec![0; if content.len() > 20_000 { 50_000 } else { 1000 }];
     loop {
         match file.read(&mut buffer) {
             Ok(0) => break,

@@ -6,7 +6,8 @@ use super::*;
 fn symlinks_that_were_altered() {
     let volume = TestVolume::mounted(&[]);
     let target = |name: &str| format!("/{name}/").repeat(4095 / (name.len() + 2));
-    let short = ["flip head", "flip nonce", "flip text", "cut", "more", "of file", "dotted", "empty piece"];
+    let short =
+        ["flip head", "flip nonce", "flip text", "cut", "more", "of file", "dotted", "empty piece", "text of another"];
     let long =
         ["no tail", "no piece", "pieces swapped", "tails swapped", "other tail", "flipped", "endless", "genuine"];
     for name in short {
@@ -40,6 +41,9 @@ fn symlinks_that_were_altered() {
     alter("empty piece", &|text| format!("{text:A<1020}"));
     let header = fs::read(keys.find("file")).unwrap()[..128].to_vec();
     alter("of file", &|text| format!("{}{}", &format::b64(&header)[..170], &text[170..]));
+    // Two links with targets of one length, each with the other's text under its own header.
+    let (one, other) = (text(&keys.find("text of another")), text(&keys.find("flip head")));
+    put(&keys.find("text of another"), &format!("{}{}", &one[..172], &other[172..]));
     let piece = |name: &str, n: usize| {
         let first = text(&keys.find(name));
         let id: String = format::un_b64(&first.as_bytes()[..172]).unwrap()[24..40]
@@ -69,8 +73,8 @@ fn symlinks_that_were_altered() {
         assert!(meta.is_symlink(), "{name}");
         assert_eq!(errno(fs::read_link(volume.at(name))), EIO, "{name}");
     }
-    assert_eq!(listed(&volume.mnt()).len(), 17);
-    assert!(counter(&volume, "integrity_failures") >= 15);
+    assert_eq!(listed(&volume.mnt()).len(), 18);
+    assert!(counter(&volume, "integrity_failures") >= 16);
     for name in short.iter().chain(&long) {
         fs::remove_file(volume.at(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
     }

@@ -147,3 +147,48 @@ fn absurd_sizes_and_times() {
     renew(&volume.at("huge"), b"new", false, "huge");
     assert!(volume.cli(&["erase", "backing", "--plan"]).code == Some(0));
 }
+
+/// Names of files that lie outside of the volume, and another filesystem mounted in the tree: not believed, not changed.
+#[test]
+fn what_lies_outside_stays_outside() {
+    let volume = TestVolume::mounted(&[]);
+    for name in ["hard", "genuine", "again"] {
+        fs::write(volume.at(name), content(5000, name)).unwrap();
+    }
+    fs::create_dir(volume.at("other")).unwrap();
+    fs::create_dir(volume.at("d")).unwrap();
+    fs::write(volume.at("d/file"), content(5000, "d")).unwrap();
+    volume.umount();
+    let keys = Keys::of(&volume);
+    let secret = volume.path("state/outside");
+    fs::write(&secret, content(4636, "outside")).unwrap();
+    fs::remove_file(keys.find("hard")).unwrap();
+    fs::hard_link(&secret, keys.find("hard")).unwrap();
+    // Two names of one genuine file are what link(2) makes.
+    fs::remove_file(keys.find("again")).unwrap();
+    fs::hard_link(keys.find("genuine"), keys.find("again")).unwrap();
+    // A copy of a genuine directory, on another filesystem, over a genuine one: seen at mount, and later.
+    let (dir, other, file) = (keys.find("d"), keys.find("other"), keys.find("d/file"));
+    let cover = || {
+        let none: Option<&std::ffi::CStr> = None;
+        rustix::mount::mount("none", &other, "tmpfs", rustix::mount::MountFlags::empty(), none).unwrap();
+        symlink(fs::read_link(dir.join(DIR_HEADER)).unwrap(), other.join(DIR_HEADER)).unwrap();
+        fs::copy(&file, other.join(file.file_name().unwrap())).unwrap();
+    };
+    let uncover = || rustix::mount::unmount(&other, rustix::mount::UnmountFlags::empty()).unwrap();
+    cover();
+    volume.cli(&["mount", "backing", "mnt"]).is(15).says("another filesystem is mounted below");
+    uncover();
+
+    volume.mount(&[]);
+    cover();
+    assert_eq!(errno(fs::read(volume.at("hard"))), EIO);
+    assert_eq!(fs::read(volume.at("again")).unwrap(), content(5000, "genuine"));
+    assert_eq!(errno(fs::symlink_metadata(volume.at("other"))), 18, "EXDEV");
+    assert_eq!(errno(fs::read(volume.at("other/file"))), 18, "EXDEV");
+    assert_eq!(listed(&volume.mnt()), ["again", "d", "genuine", "hard"]);
+    fs::remove_file(volume.at("hard")).unwrap();
+    assert_eq!(fs::read(&secret).unwrap(), content(4636, "outside"));
+    uncover();
+    volume.umount();
+}
