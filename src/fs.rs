@@ -3,7 +3,7 @@
 //!
 //! - [`inode`] node ids, where each object is in the backing tree, its open descriptor and state;
 //! - [`core`] the shared part; [`namespace`] names; [`data`] contents; [`attributes`] stat and xattrs;
-//! - `check` what a check of a live volume needs;
+//! - `check` what a check of a live volume needs; `damage` what is told of damage;
 //! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
 
 pub mod adapter;
@@ -12,6 +12,7 @@ mod check;
 pub mod core;
 #[cfg(test)]
 mod crash_tests;
+mod damage;
 pub mod data;
 pub mod errno;
 pub mod inode;

@@ -6,11 +6,12 @@
 //!   devices; [`xattr`] extended attributes;
 //! - [`log`] the intent log, [`replay`] what is done with it after a crash;
 //! - [`check`](mod@check) looks everything over, [`repair`](mod@repair) does what can be done about what was found;
-//! - [`storage`] every system call on the backing directory.
+//! - [`events`] what is told of damage; [`storage`] every system call on the backing directory.
 
 pub mod check;
 pub mod content;
 pub mod dir;
+pub mod events;
 pub mod file;
 pub mod format;
 pub mod header;
@@ -31,6 +32,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::crypto::{ObjectId, VolumeId};
 use crate::keyring::{Keyring, KeyringError};
@@ -118,6 +120,8 @@ pub struct Volume {
     read_only: bool,
     log: Option<log::Log>,
     integrity_failures: AtomicU64,
+    events: events::Limiter,
+    opened: Instant,
 }
 
 impl Volume {
@@ -191,6 +195,8 @@ impl Volume {
             read_only,
             log: None,
             integrity_failures: AtomicU64::new(0),
+            events: events::Limiter::default(),
+            opened: Instant::now(),
         })
     }
 
@@ -263,13 +269,18 @@ impl Volume {
         self.read_only
     }
 
-    /// Counts and reports one integrity failure. Never names a plaintext.
-    pub fn report(&self, damage: Damage, object: Option<ObjectId>, backing_ino: u64, block: Option<u64>) {
+    /// Counts one integrity failure, and reports it if not too many came before. `backing_ino` is 0 where it is not known;
+    /// `victim` is asked only for what goes out, and never names a plaintext.
+    pub fn report(
+        &self,
+        damage: Damage,
+        backing_ino: u64,
+        block: Option<u64>,
+        victim: impl FnOnce() -> events::Victim,
+    ) {
         let count = self.integrity_failures.fetch_add(1, Ordering::Relaxed) + 1;
-        // A scan over a damaged volume would otherwise fill the disk with log lines.
-        if count <= 100 || count.is_power_of_two() {
-            let object = object.map(|id| id.to_string()).unwrap_or_default();
-            tracing::error!(%damage, object, backing_ino, ?block, count, "integrity failure");
+        if let Some(held_back) = self.events.admit(self.opened.elapsed()) {
+            events::write(damage, backing_ino, block, &victim(), count, held_back);
         }
     }
 

@@ -13,7 +13,7 @@ use super::errno::Failed;
 use super::inode::{Inode, Kind, Link, ROOT, lock};
 use crate::volume::header::ObjectType;
 use crate::volume::storage::{self, Errno, Stat};
-use crate::volume::{Damage, Volume, VolumeError, file, format, link, xattr};
+use crate::volume::{Damage, VolumeError, file, format, link, xattr};
 
 /// The type a program sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,7 +291,9 @@ impl Filesystem {
             return Ok(Vec::new());
         }
         let (dek, held) = (self.dek(&inode)?, self.hold(&inode)?);
-        let mut names = xattr::list(&self.volume, held.as_fd(), &dek).map_err(|error| self.failed(&inode, error))?;
+        let damaged = |damage| _ = self.failed(&inode, VolumeError::Damaged(damage));
+        let mut names =
+            xattr::list(&self.volume, held.as_fd(), &dek, damaged).map_err(|error| self.failed(&inode, error))?;
         if self.acl {
             let backing = storage::list_xattr(held.as_fd())?;
             names.extend(backing.into_iter().filter(|name| name.starts_with(b"system.posix_acl_")));
@@ -378,9 +380,4 @@ fn timespec(time: Option<SetTime>) -> Timespec {
             }
         },
     }
-}
-
-/// Reports a name in a directory that is not to be believed.
-pub(super) fn report_name(volume: &Volume, dir: &Inode) {
-    volume.report(Damage::Name, dir.dir.get().map(|keys| keys.id()), dir.ino, None);
 }

@@ -10,7 +10,8 @@ use super::errno::Failed;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
 use crate::keyring::Dek;
 use crate::volume::dir::DirKeys;
-use crate::volume::file::{FileState, ReadError};
+use crate::volume::events::Limiter;
+use crate::volume::file::FileState;
 use crate::volume::storage::{self, Errno, FileType, Stat};
 use crate::volume::{Damage, Volume, VolumeError, format, node};
 
@@ -61,7 +62,9 @@ pub struct Filesystem {
     pub counters: Counters,
     /// Who we are: files made by others are handed over to them.
     pub owner: Caller,
-    started: Instant,
+    pub(super) started: Instant,
+    /// Limits what the sealer says of files that it comes back to every few seconds.
+    pub(super) grumbles: Limiter,
     unsealed: Mutex<HashMap<u64, Arc<Inode>>>,
     /// Files with changes that are logged and not yet in place.
     pending: Mutex<HashMap<u64, Arc<Inode>>>,
@@ -89,6 +92,7 @@ impl Filesystem {
             counters: Counters::default(),
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),
+            grumbles: Limiter::default(),
             unsealed: Mutex::new(HashMap::new()),
             pending: Mutex::new(HashMap::new()),
             committing: Mutex::new(()),
@@ -337,16 +341,6 @@ impl Filesystem {
         Ok(inode.node.get_or_init(|| Box::new(header)))
     }
 
-    /// Reports damage and gives the errno.
-    pub fn failed(&self, inode: &Inode, error: impl Into<ReadError>) -> Failed {
-        let error = error.into();
-        if let VolumeError::Damaged(damage) = error.error {
-            let object = inode.dir.get().map(|dir| dir.id());
-            self.volume.report(damage, object, inode.ino, error.block);
-        }
-        error.into()
-    }
-
     fn now(&self) -> u64 {
         self.started.elapsed().as_secs()
     }
@@ -438,16 +432,12 @@ impl Filesystem {
                     ) =>
                 {
                     inode.sync_failed.store(libc::EIO, Ordering::SeqCst);
-                    self.volume.report(Damage::Planted, None, inode.ino, None);
+                    self.failed(&inode, VolumeError::Damaged(Damage::Planted));
                     self.not_pending(&inode);
                 }
                 Err(failed) => {
                     inode.sync_failed.store(failed.errno(), Ordering::SeqCst);
-                    tracing::warn!(
-                        backing_ino = inode.ino,
-                        errno = failed.errno(),
-                        "logged changes are not in place yet"
-                    );
+                    self.grumble(inode.ino, failed, "logged changes are not in place yet");
                     result = Err(failed);
                 }
             }
@@ -557,7 +547,7 @@ impl Filesystem {
             }
             if let Err(failed) = self.mend(&inode) {
                 left += 1;
-                tracing::warn!(backing_ino = inode.ino, errno = failed.errno(), "a file cannot be sealed");
+                self.grumble(inode.ino, failed, "a file cannot be sealed");
                 continue;
             }
             let state = inode.file.read().unwrap_or_else(PoisonError::into_inner);
@@ -583,7 +573,7 @@ impl Filesystem {
             let ino = inode.ino;
             if let Err(failed) = self.seal_file(inode, changes, by_syncfs) {
                 left += 1;
-                tracing::warn!(backing_ino = ino, errno = failed.errno(), "a header could not be sealed yet");
+                self.grumble(ino, failed, "a header could not be sealed yet");
             }
         }
         // What sealing logged: that earlier cuts are settled.

@@ -19,6 +19,9 @@ use crate::volume::header::Static;
 /// The root's node id (`FUSE_ROOT_ID`, include/uapi/linux/fuse.h).
 pub const ROOT: u64 = 1;
 
+/// Of a longer path, only the end is told.
+const LONGEST_PATH: usize = 4096;
+
 /// What the plaintext object is, as far as the backing entry tells without keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -133,6 +136,33 @@ impl Inode {
             Link::At { parent, .. } => Some(parent.clone()),
             Link::Root(_) | Link::Held(_) | Link::Gone => None,
         }
+    }
+
+    /// Where it lies below the backing root, in backing names, for events. `None`: under no name that is known. Takes one link
+    /// at a time; the caller holds none.
+    pub fn backing_path(&self) -> Option<String> {
+        let mut names: Vec<Box<str>> = Vec::new();
+        let mut chars = 0;
+        let mut next = None::<Arc<Self>>;
+        loop {
+            let up = match &*lock(&next.as_deref().unwrap_or(self).link) {
+                Link::Root(_) => break,
+                Link::Held(_) | Link::Gone => return None,
+                Link::At { parent, name } => {
+                    chars += name.len() + 1;
+                    names.push(name.clone());
+                    parent.clone()
+                }
+            };
+            next = Some(up);
+            // A tree that a program made deep must not fill the log.
+            if chars > LONGEST_PATH {
+                names.push("...".into());
+                break;
+            }
+        }
+        names.reverse();
+        Some(names.join("/"))
     }
 
     /// The size that the kernel knows.
@@ -340,5 +370,45 @@ impl FdCache {
     /// Whether none is cached.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root() -> Arc<Inode> {
+        let fd = std::fs::File::open("/").unwrap();
+        Arc::new(Inode::new(ROOT, Kind::Directory, Link::Root(Arc::new(fd.into()))))
+    }
+
+    fn below(parent: &Arc<Inode>, name: &str) -> Arc<Inode> {
+        Arc::new(Inode::new(2, Kind::Directory, Link::At { parent: parent.clone(), name: name.into() }))
+    }
+
+    #[test]
+    fn a_path_is_told_from_the_root_down_and_of_what_has_no_name_none() {
+        let root = root();
+        let (a, b) = (below(&root, "AbC"), below(&below(&root, "AbC"), "XyZ"));
+        assert_eq!(root.backing_path().unwrap(), "");
+        assert_eq!(a.backing_path().unwrap(), "AbC");
+        assert_eq!(b.backing_path().unwrap(), "AbC/XyZ");
+        *lock(&a.link) = Link::Gone;
+        assert_eq!(below(&a, "XyZ").backing_path(), None);
+    }
+
+    #[test]
+    fn of_a_path_without_end_the_end_is_told() {
+        let mut at = root();
+        for _ in 0..50_000 {
+            at = below(&at, "0123456789");
+        }
+        let path = at.backing_path().unwrap();
+        assert!(path.starts_with(".../0123456789/") && path.ends_with("/0123456789"), "{path}");
+        assert!(path.len() < LONGEST_PATH + 300, "{}", path.len());
+        // And one that bites its own tail ends, too.
+        *lock(&at.link) = Link::At { parent: at.clone(), name: "x".into() };
+        assert!(at.backing_path().unwrap().starts_with(".../x/x"));
+        *lock(&at.link) = Link::Gone;
     }
 }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 
-use super::attributes::{Attributes, Type, report_name};
+use super::attributes::{Attributes, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
 use super::inode::{Inode, Kind, Link, Open, ROOT, lock};
@@ -64,14 +64,20 @@ impl Filesystem {
 
     /// Makes an entry known to the kernel, with one reference.
     fn enter(&self, parent: &Arc<Inode>, name: &str, stat: Stat) -> Outcome<Attributes> {
-        let mut kind = self.kind(&stat).map_err(|error| self.failed(parent, error))?;
+        let mut kind = self.kind(&stat).map_err(|error| {
+            if let VolumeError::Damaged(damage) = error {
+                self.entry_failed(parent, name.as_bytes(), damage);
+            }
+            Failed::from(error)
+        })?;
         // What has the length of a record but is none is a file that was cut off: unreadable, and there to be removed.
         // (One that may not be read is looked at again, with the right lent, when it is asked about.)
         if kind == Kind::Node && matches!(self.node_type(self.open(parent)?.fd.as_fd(), name), Ok(None)) {
             kind = Kind::Regular;
         }
         let Some(inode) = self.inodes.enter(node_id(stat.st_ino), kind, parent, name) else {
-            return Err(self.failed(parent, VolumeError::Damaged(Damage::Planted)));
+            self.entry_failed(parent, name.as_bytes(), Damage::Planted);
+            return Err(Failed::raw(libc::EIO));
         };
         self.attributes(&inode, stat).inspect_err(|_| self.forget(inode.ino, 1))
     }
@@ -100,7 +106,7 @@ impl Filesystem {
             let name = match keys.plain_name(self.volume.keys(), fd, raw.name) {
                 Ok(name) => name,
                 Err(VolumeError::Damaged(_)) => {
-                    report_name(&self.volume, &inode);
+                    self.entry_failed(&inode, raw.name, Damage::Name);
                     return true;
                 }
                 Err(error) => {
@@ -377,7 +383,7 @@ impl Filesystem {
         match self.known(&stat) {
             None => Ok(stat),
             Some(old) => {
-                self.volume.report(Damage::Planted, None, old.ino, None);
+                self.failed(&old, VolumeError::Damaged(Damage::Planted));
                 Err(Errno::IO)
             }
         }

@@ -12,10 +12,12 @@
 mod change;
 pub mod check;
 mod durable;
+mod gaps;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
 
+use gaps::Gaps;
 use zeroize::Zeroizing;
 
 use super::content::{self, BlockAad, BlockRange};
@@ -28,6 +30,9 @@ use super::{Damage, Volume, VolumeError};
 use crate::crypto::kdf::DekLabel;
 use crate::crypto::{NONCE_LEN, ObjectId, random};
 use crate::keyring::Dek;
+
+/// So many blocks that a crash left as zeros are written anew; more than that become holes.
+const FILLED: u64 = 4096;
 
 thread_local! {
     /// Ciphertext of one request. Grows to the largest request (1 MiB and its overhead) and stays.
@@ -50,6 +55,11 @@ pub struct FileState {
     /// Left unsealed by an unclean end: blocks above the floor may be zeros that no program wrote. Raising the floor over
     /// them must not turn what reads as zeros into an error.
     recovered: bool,
+    /// Of a recovered file: the blocks above the floor are in order, but for zeros if there are `zeros`.
+    mended: bool,
+    zeros: bool,
+    /// Where zeros are holes.
+    gaps: Gaps,
     /// Backing inode number, for the log.
     ino: u64,
     /// The header is only in the attribute of the file's birth, and has to be written before anything else is.
@@ -112,6 +122,9 @@ impl FileState {
             unsealed: true,
             changes: 0,
             recovered: false,
+            mended: false,
+            zeros: false,
+            gaps: Gaps::none(),
             ino: storage::stat_fd(fd)?.st_ino,
             newborn: false,
             opened: true,
@@ -148,6 +161,9 @@ impl FileState {
             unsealed: !mutable.sealed,
             changes: 0,
             recovered,
+            mended: false,
+            zeros: false,
+            gaps: if recovered || mutable.holes { Gaps::unknown() } else { Gaps::none() },
             ino: storage::stat_fd(fd)?.st_ino,
             newborn,
             opened: false,
@@ -280,12 +296,18 @@ impl FileState {
         };
         match opened {
             // Never flushed and cut off by a crash: it might as well not be there at all.
-            Err(_) if above_floor && torn(index, stored, complete) => {
+            Err(_) if above_floor && (self.may_lack_its_end(index) || torn(index, stored, complete)) => {
                 plain.fill(0);
                 Ok(())
             }
             other => other.map_err(|damage| ReadError::damaged(damage, index)),
         }
+    }
+
+    /// Whether this is a short last block: the length may be one that a write had on its way (a killed daemon's ends between
+    /// two pages), and the tag may lie beyond it.
+    fn may_lack_its_end(&self, index: u64) -> bool {
+        index == self.size / BLOCK && !self.size.is_multiple_of(BLOCK)
     }
 
     /// Whether an unclean end left something for [`mend`](Self::mend) to do.
@@ -294,7 +316,7 @@ impl FileState {
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
-    /// become the zeros that they read as.
+    /// become the zeros that they read as, sealed like any others. If they are very many, they become holes.
     ///
     /// # Errors
     /// [`Damage`] above the floor that no crash explains; the file cannot be sealed then.
@@ -306,24 +328,50 @@ impl FileState {
         }
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
         let mut aad = BlockAad::new(&volume.id(), &self.dek().object());
+        let (mut filled, mut zeros) = (0, false);
         for index in self.mutable.floor.div_ceil(BLOCK)..self.size.div_ceil(BLOCK) {
             let len = (self.size - index * BLOCK).min(BLOCK) as usize;
             let stored = self.stored(fd, index, len)?;
             let complete = stored.len() == len + BLOCK_OVERHEAD as usize;
+            let zero = complete && content::is_zero(&stored);
+            if zero && self.mutable.holes {
+                continue;
+            }
+            let nonce = random::nonce().map_err(|_| VolumeError::Backing(Errno::IO))?;
+            let mut sealed = vec![0; len + BLOCK_OVERHEAD as usize];
             let genuine = volume.keys().with_keys(self.dek(), |keys| {
                 let cipher = keys.cipher(DekLabel::Content);
-                let genuine = complete
-                    && (content::is_zero(&stored)
-                        || content::open_block(&cipher, &mut aad, index, &stored, &mut plain[..len]).is_ok());
-                if genuine {
-                    Ok(true)
-                } else {
-                    self.open(&cipher, &mut aad, index, &stored, &mut plain[..len]).map(|()| false)
+                if complete && content::open_block(&cipher, &mut aad, index, &stored, &mut plain[..len]).is_ok() {
+                    return Ok(true);
                 }
+                self.open(&cipher, &mut aad, index, &stored, &mut plain[..len])?;
+                if filled < FILLED {
+                    content::seal_block(&cipher, &mut aad, index, &nonce, &plain[..len], &mut sealed);
+                }
+                Ok::<_, ReadError>(false)
             })??;
-            if !genuine {
-                let zeros = vec![0; len + BLOCK_OVERHEAD as usize];
-                storage::write_at(fd, &zeros, format::block_offset(index)).map_err(|(_, errno)| errno)?;
+            if genuine {
+                continue;
+            }
+            zeros |= filled == FILLED;
+            filled = (filled + 1).min(FILLED);
+            if !(zeros && zero) {
+                storage::write_at(fd, &sealed, format::block_offset(index)).map_err(|(_, errno)| errno)?;
+            }
+        }
+        if zeros {
+            self.check_for_zeros_below_floor(fd)?;
+        }
+        (self.mended, self.zeros) = (true, zeros);
+        Ok(())
+    }
+
+    /// Before zeros are called holes in a file that had none: those that are there already must not become holes with them.
+    fn check_for_zeros_below_floor(&self, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
+        for index in 0..self.mutable.floor.div_ceil(BLOCK) {
+            let len = (self.size - index * BLOCK).min(BLOCK) as usize;
+            if content::is_zero(&self.stored(fd, index, len)?) {
+                return Err(ReadError::damaged(Damage::Block, index));
             }
         }
         Ok(())
@@ -380,12 +428,28 @@ pub(super) struct Header {
     pub(super) newborn: bool,
 }
 
+/// Which object a file is, if its static header opens: also where nothing else does.
+pub fn identify(volume: &Volume, fd: BorrowedFd<'_>) -> Option<ObjectId> {
+    let (bytes, _) = header_of(fd).ok()?;
+    Some(read_static(volume, &bytes).ok()?.dek.object())
+}
+
 /// Reads and authenticates a header.
 pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header, VolumeError> {
+    let (bytes, newborn) = header_of(fd)?;
+    let header = read_static(volume, &bytes)?;
+    let Some(mutable) = bytes[MUTABLE_AT as usize..].first_chunk() else {
+        return Err(VolumeError::Damaged(Damage::Header));
+    };
+    let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
+    Ok(Header { header, mutable, newborn })
+}
+
+/// The bytes of a header, and whether only the attribute of the file's birth still has them.
+fn header_of(fd: BorrowedFd<'_>) -> Result<([u8; HEADER_LEN], bool), VolumeError> {
     let mut bytes = [0; HEADER_LEN];
-    let got = storage::read_at(fd, &mut bytes, 0)?;
+    let mut got = storage::read_at(fd, &mut bytes, 0)?;
     let mut newborn = false;
-    let mut got = got;
     if content::is_zero(&bytes)
         && let Some(birth) = storage::get_xattr_fd::<BIRTH_LEN>(fd, format::BIRTH)
     {
@@ -393,25 +457,22 @@ pub(super) fn read_header(volume: &Volume, fd: BorrowedFd<'_>) -> Result<Header,
         bytes[MUTABLE_AT as usize..][..2 * MUTABLE_LEN].copy_from_slice(&birth[STATIC_LEN..]);
         (newborn, got) = (true, HEADER_LEN);
     }
-    if got != HEADER_LEN {
-        return Err(VolumeError::Damaged(Damage::Header));
-    }
+    if got == HEADER_LEN { Ok((bytes, newborn)) } else { Err(VolumeError::Damaged(Damage::Header)) }
+}
+
+/// The first copy of the static header that opens.
+fn read_static(volume: &Volume, bytes: &[u8; HEADER_LEN]) -> Result<Static, VolumeError> {
     let (Some(a), Some(b)) = (bytes.first_chunk(), bytes[STATIC_LEN..].first_chunk()) else {
         return Err(VolumeError::Damaged(Damage::Header));
     };
     let open = |copy| Static::open_as(volume.keys(), copy, ObjectType::Regular);
-    let header = match open(a) {
+    match open(a) {
         Err(VolumeError::Damaged(damage)) => open(b).map_err(|error| match error {
             VolumeError::Damaged(_) => VolumeError::Damaged(damage),
             other => other,
-        })?,
-        other => other?,
-    };
-    let Some(mutable) = bytes[MUTABLE_AT as usize..].first_chunk() else {
-        return Err(VolumeError::Damaged(Damage::Header));
-    };
-    let mutable = Mutable::open(volume.keys(), &header.dek, &volume.id(), mutable)?;
-    Ok(Header { header, mutable, newborn })
+        }),
+        other => other,
+    }
 }
 
 /// Bytes of the birth attribute: a static header, and both copies of the first mutable one. The latter is what nobody can

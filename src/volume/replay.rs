@@ -10,6 +10,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
 use super::content::{self, BlockAad};
+use super::events::Victim;
 use super::file::{BIRTH_LEN, Header, keeping_times, read_header, write_header_anew};
 use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
 use super::header::{self, MUTABLE_AT, Mutable, STATIC_LEN, Static};
@@ -46,7 +47,7 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
         return Ok(done);
     }
     if found.lost > 0 {
-        volume.report(Damage::Log, None, 0, None);
+        volume.report(Damage::Log, 0, None, Victim::default);
     }
     // A daemon that was killed has left records that no flush covers. What they say is done in place below, and a power cut
     // in the middle of that would leave half of it and nothing to mend it with.
@@ -75,7 +76,7 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
             Ok(n) => (done.files, done.records) = (done.files + 1, done.records + n),
             // Its own damage; the log cannot help.
             Err(VolumeError::Damaged(damage)) => {
-                volume.report(damage, Some(*object), storage::stat_fd(file.as_fd())?.st_ino, None);
+                volume.report(damage, place.ino, None, || Victim { object: Some(*object), path: Some(place.path()) });
                 done.passed_over += 1;
             }
             Err(error) => return Err(error),
@@ -96,6 +97,13 @@ struct Place {
 }
 
 impl Place {
+    /// Below the backing root, for events.
+    fn path(&self) -> String {
+        let directory =
+            if self.directory.is_empty() { String::new() } else { format!("{}/", self.directory.escape_ascii()) };
+        format!("{directory}{}", self.name.escape_ascii())
+    }
+
     fn open(&self, volume: &Volume) -> Result<OwnedFd, Errno> {
         let directory = storage::open_dir_below(volume.root().as_fd(), &self.directory)?;
         storage::open_own_file(directory.as_fd(), self.name.as_slice(), true)

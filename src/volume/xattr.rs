@@ -78,11 +78,16 @@ pub fn remove(volume: &Volume, held: BorrowedFd<'_>, dek: &Dek, name: &OsStr) ->
     Ok(storage::remove_xattr(held, OsStr::new(&backing))?)
 }
 
-/// The names of all attributes of ours that open. Others are reported and left out.
+/// The names of all attributes of ours that open. The others are left out, and `damaged` is called for each.
 ///
 /// # Errors
 /// The ring's, the backing filesystem's.
-pub fn list(volume: &Volume, held: BorrowedFd<'_>, dek: &Dek) -> Result<Vec<Vec<u8>>, VolumeError> {
+pub fn list(
+    volume: &Volume,
+    held: BorrowedFd<'_>,
+    dek: &Dek,
+    mut damaged: impl FnMut(Damage),
+) -> Result<Vec<Vec<u8>>, VolumeError> {
     let aad = name_aad(dek.object());
     let mut names = Vec::new();
     for backing in storage::list_xattr(held)? {
@@ -95,7 +100,7 @@ pub fn list(volume: &Volume, held: BorrowedFd<'_>, dek: &Dek) -> Result<Vec<Vec<
         };
         match opened {
             Some(name) => names.push(name.to_vec()),
-            None => volume.report(Damage::Attribute, Some(dek.object()), 0, None),
+            None => damaged(Damage::Attribute),
         }
     }
     Ok(names)

@@ -86,6 +86,7 @@ impl FileState {
                     storage::reserve(fd, format::block_offset(range.first), total as u64)?;
                 }
                 self.log(volume, Change::Blocks { first: range.first, sealed: sealed[..total].to_vec() })?;
+                self.gaps.fill(range.first, range.end);
                 self.size = new_size;
                 return Ok(());
             }
@@ -94,6 +95,7 @@ impl FileState {
                 self.put_back(volume, fd, range, done, &kept);
                 return Err(VolumeError::Backing(errno).into());
             }
+            self.gaps.fill(range.first, range.end);
             self.size = new_size;
             self.overlay.set_disk(new_size);
             Ok(())
@@ -129,7 +131,10 @@ impl FileState {
         let old_len = format::backing_len(self.size);
         for old in kept.iter().filter(|old| old.index >= torn || self.size < (old.index + 1) * BLOCK) {
             if storage::write_at(fd, &old.sealed, format::block_offset(old.index)).is_err() {
-                volume.report(Damage::Block, Some(self.dek().object()), 0, Some(old.index));
+                volume.report(Damage::Block, self.ino, Some(old.index), || crate::volume::events::Victim {
+                    object: Some(self.dek().object()),
+                    path: None,
+                });
             }
         }
         let partly = done as u64 % SEALED_BLOCK;
@@ -171,6 +176,7 @@ impl FileState {
             self.write(volume, fd, self.size, &zeros[..len])?;
         }
         if size > self.size {
+            self.gaps.add(self.size, size);
             if volume.log().is_none() || self.overlay.is_empty() {
                 self.in_place += 1;
                 storage::set_len(fd, format::backing_len(size))?;
@@ -211,6 +217,8 @@ impl FileState {
             self.opened = true;
         }
         self.touch();
+        // The new last block, if it is short, is written.
+        self.gaps.fill(size / BLOCK, u64::MAX);
         self.cuts += 1;
         self.flushed = self.flushed.min(size);
         if volume.log().is_some() {

@@ -71,6 +71,7 @@ impl Fixture {
         let end = self.log().end();
         self.log().flush(end).unwrap();
         self.apply(end);
+        self.state.mend(&self.volume, self.fd.as_fd()).unwrap();
         self.state.seal(&self.volume, self.fd.as_fd()).unwrap();
     }
 

@@ -106,8 +106,7 @@ impl FileState {
         logged: bool,
     ) -> Result<(), VolumeError> {
         self.be_born(volume, fd)?;
-        let holes = next.holes || (self.recovered && next.floor > self.mutable.floor);
-        let next = Mutable { counter: self.mutable.counter + 1, holes, ..next };
+        let next = Mutable { counter: self.mutable.counter + 1, ..next };
         let bytes = next.seal(volume.keys(), self.dek(), &volume.id())?;
         // One sector, written as a whole: in place where nothing it depends on is pending.
         if volume.log().is_none() || (self.opened && self.overlay.is_empty() && !logged) {
@@ -127,7 +126,8 @@ impl FileState {
     /// The ring's or the backing filesystem's.
     pub fn flushing(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<FlushMark, VolumeError> {
         let whole = self.overlay.is_empty();
-        if self.flushed > self.mutable.floor && whole && self.opened {
+        // Of a recovered file a floor would vouch for what nobody has looked at: it is mended and sealed once it is quiet.
+        if self.flushed > self.mutable.floor && whole && self.opened && !self.recovered {
             let floor = self.flushed;
             let next = Mutable { size: self.size, floor, sealed: false, ..self.mutable };
             keeping_times(fd, || self.write_header(volume, fd, next))?;
@@ -179,7 +179,7 @@ impl FileState {
         if !self.unsealed {
             return Ok(());
         }
-        if !self.overlay.is_empty() || self.newborn {
+        if !self.overlay.is_empty() || self.newborn || (self.recovered && !self.mended) {
             return Err(Errno::BUSY.into());
         }
         if self.cut_in.is_some() && volume.log().is_some() {
@@ -192,7 +192,8 @@ impl FileState {
         // In place: everything that it promises has been flushed.
         self.opened = true;
         let size = self.size;
-        let next = Mutable { size, floor: size, sealed: true, ..self.mutable };
+        let holes = (self.mutable.holes && !self.gaps.is_none()) || self.zeros;
+        let next = Mutable { size, floor: size, sealed: true, holes, ..self.mutable };
         keeping_times(fd, || self.write_header(volume, fd, next))?;
         // Of no more use; and no way back to an empty file for whoever zeroes the header.
         let _ = storage::remove_xattr_fd(fd, format::BIRTH);
@@ -200,7 +201,7 @@ impl FileState {
         self.unsealed = false;
         self.opened = false;
         self.in_place_flushed = self.in_place;
-        self.recovered = false;
+        (self.recovered, self.mended, self.zeros) = (false, false, false);
         Ok(())
     }
 }

@@ -99,7 +99,7 @@ proptest! {
                     let mark = state.flushing(volume, fd).unwrap();
                     state.flushed(volume, mark).unwrap();
                 }
-                Op::Seal => state.seal(volume, fd).unwrap(),
+                Op::Seal => state.mend(volume, fd).and_then(|()| Ok(state.seal(volume, fd)?)).unwrap(),
                 Op::Reload => state = FileState::load(volume, fd).unwrap(),
             }
             prop_assert_eq!(state.size(), model.len() as u64);
@@ -201,6 +201,120 @@ fn above_the_floor_only_zeros_are_forgiven() {
         assert!(fixture.read("t").is_err(), "block {block} flipped");
         fixture.write_backing("t", &original[..512 + block * 4124]);
         assert_eq!(fixture.read("t").is_ok(), block >= 2, "cut before block {block}");
+    }
+}
+
+/// A large file comes in parts, in any order. Once all are there, zeros are no holes any more.
+#[test]
+fn holes_that_were_filled_are_none() {
+    let fixture = Fixture::new();
+    let (fd, mut state) = fixture.create("f");
+    let all = contents(5 * 4096 + 100);
+    for block in [3_usize, 1, 5, 0, 2, 4] {
+        let part = &all[block * 4096..all.len().min((block + 1) * 4096)];
+        state.write(&fixture.volume, fd.as_fd(), block as u64 * 4096, part).unwrap();
+    }
+    state.seal(&fixture.volume, fd.as_fd()).unwrap();
+    let sealed = fixture.bytes("f");
+    for block in 0..5 {
+        let mut zeroed = sealed.clone();
+        zeroed[512 + block * 4124..512 + (block + 1) * 4124].fill(0);
+        fixture.write_backing("t", &zeroed);
+        assert!(fixture.read("t").is_err(), "block {block} zeroed");
+    }
+    // One that is left is a hole; cut off, it is none again.
+    state.resize(&fixture.volume, fd.as_fd(), 10 * 4096).unwrap();
+    state.seal(&fixture.volume, fd.as_fd()).unwrap();
+    assert_eq!(fixture.read("f").unwrap()[6 * 4096..], [0; 4 * 4096]);
+    state.resize(&fixture.volume, fd.as_fd(), 5 * 4096 + 100).unwrap();
+    state.seal(&fixture.volume, fd.as_fd()).unwrap();
+    let mut zeroed = fixture.bytes("f");
+    zeroed[512..512 + 4124].fill(0);
+    fixture.write_backing("t", &zeroed);
+    assert!(fixture.read("t").is_err());
+}
+
+/// What somebody zeroed below the floor before the next mount does not become a hole when the file is sealed, be there zeros
+/// of a crash above it or not.
+#[test]
+fn a_seal_after_a_crash_excuses_nothing_below_the_floor() {
+    let fixture = Fixture::new();
+    let volume = &fixture.volume;
+    let (fd, mut state) = fixture.create("f");
+    state.write(volume, fd.as_fd(), 0, &contents(8192)).unwrap();
+    let mark = state.flushing(volume, fd.as_fd()).unwrap();
+    state.flushed(volume, mark).unwrap();
+    state.flushing(volume, fd.as_fd()).unwrap();
+    state.write(volume, fd.as_fd(), 8192, &contents(8192)).unwrap();
+    let left = fixture.bytes("f");
+    for (zeroed, lost) in [(&[0][..], true), (&[0, 2], true), (&[2], false), (&[], false)] {
+        let mut bytes = left.clone();
+        zeroed.iter().for_each(|block| bytes[512 + block * 4124..512 + (block + 1) * 4124].fill(0));
+        fixture.write_backing("t", &bytes);
+        let fd = storage::open_file(volume.root().as_fd(), "t", true).unwrap();
+        let mut state = FileState::load(volume, fd.as_fd()).unwrap();
+        assert!(state.seal(volume, fd.as_fd()).is_err(), "sealed without having been mended");
+        // Programs work with it meanwhile, and flush.
+        for _ in 0..2 {
+            let mark = state.flushing(volume, fd.as_fd()).unwrap();
+            state.flushed(volume, mark).unwrap();
+        }
+        state.mend(volume, fd.as_fd()).unwrap();
+        state.seal(volume, fd.as_fd()).unwrap();
+        assert_eq!(fixture.read("t").is_err(), lost, "{zeroed:?}");
+        // And there are no holes in it from now on.
+        let mut bytes = fixture.bytes("t");
+        bytes[512 + 3 * 4124..512 + 4 * 4124].fill(0);
+        fixture.write_backing("t", &bytes);
+        assert!(fixture.read("t").is_err(), "{zeroed:?}");
+    }
+}
+
+/// So many blocks missing that they become holes: only if nothing else becomes one with them.
+#[test]
+fn very_many_zeros_of_a_crash_become_holes() {
+    let fixture = Fixture::new();
+    let volume = &fixture.volume;
+    let (fd, mut state) = fixture.create("f");
+    state.write(volume, fd.as_fd(), 0, &contents(8192)).unwrap();
+    let mark = state.flushing(volume, fd.as_fd()).unwrap();
+    state.flushed(volume, mark).unwrap();
+    state.flushing(volume, fd.as_fd()).unwrap();
+    // The length got there, and nothing else: not even the header that says that there are holes.
+    let blocks = FILLED + 10;
+    let len = format::backing_len(blocks * 4096 + 50);
+    for zeroed in [false, true] {
+        let mut bytes = fixture.bytes("f");
+        if zeroed {
+            bytes[512 + 4124..512 + 2 * 4124].fill(0);
+        }
+        fixture.write_backing("t", &bytes);
+        let fd = storage::open_file(volume.root().as_fd(), "t", true).unwrap();
+        storage::set_len(fd.as_fd(), len).unwrap();
+        let mut state = FileState::load(volume, fd.as_fd()).unwrap();
+        assert_eq!(state.mend(volume, fd.as_fd()).is_err(), zeroed);
+        assert_eq!(state.seal(volume, fd.as_fd()).is_err(), zeroed);
+        if !zeroed {
+            let read = fixture.read("t").unwrap();
+            assert_eq!((&read[..8192], read.len() as u64), (&contents(8192)[..], blocks * 4096 + 50));
+            assert!(read[8192..].iter().all(|byte| *byte == 0));
+        }
+    }
+}
+
+/// A killed daemon leaves a length between two blocks' ends: what is there of the last block is nothing yet.
+#[test]
+fn a_last_block_without_its_end_is_zeros_above_the_floor() {
+    let fixture = Fixture::new();
+    let (fd, mut state) = fixture.create("f");
+    state.write(&fixture.volume, fd.as_fd(), 0, &contents(16384)).unwrap();
+    let left = fixture.bytes("f");
+    for len in [512 + 4096, 512 + 4124 + 4096 - 512, 512 + 3 * 4124 + 29, left.len() - 1] {
+        fixture.write_backing("t", &left[..len]);
+        let (read, whole) = (fixture.read("t").unwrap(), (len - 512) / 4124 * 4096);
+        assert_eq!(read[..whole], contents(16384)[..whole], "{len}");
+        assert!(read[whole..].iter().all(|byte| *byte == 0), "{len}");
+        assert_eq!(read.len() as u64, format::plain_size(len as u64).unwrap());
     }
 }
 

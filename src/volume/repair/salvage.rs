@@ -115,7 +115,7 @@ fn dress(
     to: BorrowedFd<'_>,
 ) -> Result<(), VolumeError> {
     let header = Copies::read(volume, to)?.header.ok_or(VolumeError::Damaged(Damage::Header))?;
-    let names = match xattr::list(volume, from, old) {
+    let names = match xattr::list(volume, from, old, |_| {}) {
         Err(VolumeError::Backing(Errno::OPNOTSUPP)) => return Ok(()),
         other => other?,
     };
