@@ -69,6 +69,8 @@ pub struct Filesystem {
     committing: Mutex<()>,
     /// Held by whoever makes room in the log.
     checkpointing: Mutex<()>,
+    /// When it was last said that changes cannot be put in place: once a second is enough.
+    warned: AtomicU64,
     stop: Mutex<bool>,
     stopped: Condvar,
     purging: Mutex<bool>,
@@ -93,6 +95,7 @@ impl Filesystem {
             pending: Mutex::new(HashMap::new()),
             committing: Mutex::new(()),
             checkpointing: Mutex::new(()),
+            warned: AtomicU64::new(u64::MAX),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
             purging: Mutex::new(false),
@@ -172,6 +175,10 @@ impl Filesystem {
                 return Ok(open.clone());
             }
             let open = self.reach(inode)?;
+            if inode.kind == Kind::Regular && !open.writable && !self.volume.read_only() {
+                // Not kept: the backing filesystem may be writable again the next time.
+                return Ok(open);
+            }
             *slot = Some(open.clone());
             open
         };
@@ -441,11 +448,10 @@ impl Filesystem {
                 }
                 Err(failed) => {
                     inode.sync_failed.store(failed.errno(), Ordering::SeqCst);
-                    tracing::warn!(
-                        backing_ino = inode.ino,
-                        errno = failed.errno(),
-                        "logged changes are not in place yet"
-                    );
+                    if self.warned.swap(self.now(), Ordering::Relaxed) != self.now() {
+                        let errno = failed.errno();
+                        tracing::warn!(backing_ino = inode.ino, errno, "logged changes are not in place yet");
+                    }
                     result = Err(failed);
                 }
             }
@@ -471,7 +477,7 @@ impl Filesystem {
     pub fn checkpoint(&self) -> Outcome<()> {
         let Some(log) = self.volume.log() else { return Ok(()) };
         let _alone = lock(&self.checkpointing);
-        if !log.is_full() {
+        if !log.is_full() && !log.is_short() {
             return Ok(()); // somebody else did it while we waited
         }
         self.commit()?;

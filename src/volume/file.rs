@@ -64,6 +64,8 @@ pub struct FileState {
     in_place_flushed: u64,
     /// Generation of the log with the last record that cuts: replayed, it would cut what was written in place after it.
     cut_in: Option<u64>,
+    /// A write failed, and what it left behind the end of the backing file could not be cut off yet.
+    leftovers: bool,
 }
 
 /// What an fsync has to flush, and where it began; see [`FileState::flushed`].
@@ -119,6 +121,7 @@ impl FileState {
             in_place: 1,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -153,6 +156,7 @@ impl FileState {
             in_place: 0,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -285,9 +289,9 @@ impl FileState {
         }
     }
 
-    /// Whether an unclean end left something for [`mend`](Self::mend) to do.
+    /// Whether an unclean end or a failed write left something for [`mend`](Self::mend) to do.
     pub fn recovered(&self) -> bool {
-        self.recovered || self.newborn
+        self.recovered || self.newborn || self.leftovers
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
@@ -298,6 +302,7 @@ impl FileState {
     pub fn mend(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
         // Before the flush that the seal needs: with the seal the attribute of its birth goes.
         self.be_born(volume, fd)?;
+        self.cut_leftovers(fd)?;
         if !self.recovered || !self.overlay.is_empty() {
             return Ok(());
         }

@@ -11,14 +11,14 @@ use crate::support::volume::{Output, TestVolume};
 use crate::{bytes, errno, names};
 
 /// A volume on a store that fails when told to.
-struct OnFaulty {
-    v: TestVolume,
+pub(crate) struct OnFaulty {
+    pub(crate) v: TestVolume,
     // Dropped after the volume: the daemon must be gone first.
-    store: Faulty,
+    pub(crate) store: Faulty,
 }
 
 impl OnFaulty {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let v = TestVolume::new();
         for name in ["store", "backing"] {
             fs::create_dir(v.path(name)).unwrap();
@@ -284,4 +284,45 @@ fn after_a_failed_flush_the_log_is_kept_and_replayed() {
     assert_eq!(fs::read(v.at("file")).unwrap(), expected);
     v.umount();
     assert!(!v.backing().join("lethefs.log.0").exists());
+}
+
+/// A write fails half-way, and so does cutting off what it left: that must not become part of the file.
+#[test]
+fn what_a_failed_write_leaves_stays_outside() {
+    for grow in [true, false] {
+        let on = OnFaulty::new();
+        let v = &on.v;
+        let file = File::create_new(v.at("file")).unwrap();
+        file.write_all_at(&bytes(8192, 1), 0).unwrap();
+        file.sync_all().unwrap();
+        let ino = on.ino("file");
+        let mut short = true;
+        on.store.rule(move |call| match call.op {
+            Op::Write if call.ino == ino && call.offset > 8192 => {
+                if std::mem::take(&mut short) {
+                    Fate::Short(5000)
+                } else {
+                    Fate::Fail(libc::EDQUOT)
+                }
+            }
+            Op::Truncate if call.ino == ino => Fate::Fail(libc::EDQUOT),
+            _ => Fate::Pass,
+        });
+        file.write_all_at(&bytes(16_384, 2), 8192).unwrap();
+        assert_eq!(errno(file.sync_all()), libc::EDQUOT);
+        on.store.heal();
+        let mut expected = bytes(8192, 1);
+        if grow {
+            // Over it, with a hole; the kernel believes that there is something, until it forgets.
+            fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+            file.write_all_at(b"far", 100_000).unwrap();
+            file.sync_all().unwrap();
+            expected.resize(100_000, 0);
+            expected.extend(b"far");
+        }
+        drop(file);
+        v.remount(&[]);
+        assert!(fs::read(v.at("file")).unwrap() == expected, "grown: {grow}");
+        v.umount();
+    }
 }
