@@ -338,7 +338,10 @@ fn torn(index: u64, stored: &[u8], complete: bool) -> bool {
     const SECTOR: usize = 512;
     let first = SECTOR - format::block_offset(index) as usize % SECTOR;
     let (head, rest) = stored.split_at(first.min(stored.len()));
-    !complete || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
+    // The size follows from the backing length: where growth got no further than to a page's border, what is there of the
+    // block looks like a short one.
+    let ends_with_a_page = (stored.len() as u64) < SEALED_BLOCK && rest.len().is_multiple_of(SECTOR);
+    !complete || ends_with_a_page || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
 }
 
 /// A failure and, for damage, the block it was found in.

@@ -484,6 +484,13 @@ struct Directories {
     acknowledged: Vec<(PathBuf, u64)>,
 }
 
+impl Directories {
+    /// What is moved over `d{n}`: short and long names in all four combinations.
+    fn from(&self) -> String {
+        name_of("from", 2 * self.n + self.n / 2 % 2)
+    }
+}
+
 impl Writer for Directories {
     fn step(&mut self, cut: &AtomicBool) -> io::Result<bool> {
         if self.n == 0 {
@@ -496,7 +503,7 @@ impl Writer for Directories {
             return Ok(false);
         }
         let to = self.root.join(name_of("d", n));
-        let made = if self.over { self.root.join(name_of("from", n / 2)) } else { to.clone() };
+        let made = if self.over { self.root.join(self.from()) } else { to.clone() };
         fs::create_dir(&made)?;
         let name = if n % 3 == 0 { "f".repeat(200) } else { "file".into() };
         let mut file = File::create(made.join(&name))?;
@@ -521,7 +528,7 @@ impl Writer for Directories {
     fn failed(&mut self) {
         // Out of the next one's way.
         if self.over {
-            let _ = fs::remove_dir_all(self.root.join(name_of("from", self.n / 2)));
+            let _ = fs::remove_dir_all(self.root.join(self.from()));
         }
         if !self.root.exists() {
             self.n = 0;
