@@ -176,6 +176,10 @@ impl Filesystem {
                 return Ok(open.clone());
             }
             let open = self.reach(inode)?;
+            if inode.kind == Kind::Regular && !open.writable && !self.volume.read_only() {
+                // Not kept: the backing filesystem may be writable again the next time.
+                return Ok(open);
+            }
             *slot = Some(open.clone());
             open
         };
@@ -463,7 +467,7 @@ impl Filesystem {
     pub fn checkpoint(&self) -> Outcome<()> {
         let Some(log) = self.volume.log() else { return Ok(()) };
         let _alone = lock(&self.checkpointing);
-        if !log.is_full() {
+        if !log.is_full() && !log.is_short() {
             return Ok(()); // somebody else did it while we waited
         }
         self.commit()?;

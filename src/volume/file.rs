@@ -75,6 +75,8 @@ pub struct FileState {
     in_place_flushed: u64,
     /// Generation of the log with the last record that cuts: replayed, it would cut what was written in place after it.
     cut_in: Option<u64>,
+    /// A write failed, and what it left behind the end of the backing file could not be cut off yet.
+    leftovers: bool,
 }
 
 /// What an fsync has to flush, and where it began; see [`FileState::flushed`].
@@ -133,6 +135,7 @@ impl FileState {
             in_place: 1,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -172,6 +175,7 @@ impl FileState {
             in_place,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -310,9 +314,9 @@ impl FileState {
         index == self.size / BLOCK && !self.size.is_multiple_of(BLOCK)
     }
 
-    /// Whether an unclean end left something for [`mend`](Self::mend) to do.
+    /// Whether an unclean end or a failed write left something for [`mend`](Self::mend) to do.
     pub fn recovered(&self) -> bool {
-        self.recovered || self.newborn
+        self.recovered || self.newborn || self.leftovers
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
@@ -323,6 +327,7 @@ impl FileState {
     pub fn mend(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
         // Before the flush that the seal needs: with the seal the attribute of its birth goes.
         self.be_born(volume, fd)?;
+        self.cut_leftovers(fd)?;
         if !self.recovered || !self.overlay.is_empty() {
             return Ok(());
         }
@@ -384,10 +389,7 @@ fn torn(index: u64, stored: &[u8], complete: bool) -> bool {
     const SECTOR: usize = 512;
     let first = SECTOR - format::block_offset(index) as usize % SECTOR;
     let (head, rest) = stored.split_at(first.min(stored.len()));
-    // The size follows from the backing length: where growth got no further than to a page's border, what is there of the
-    // block looks like a short one.
-    let ends_with_a_page = (stored.len() as u64) < SEALED_BLOCK && rest.len().is_multiple_of(SECTOR);
-    !complete || ends_with_a_page || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
+    !complete || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
 }
 
 /// A failure and, for damage, the block it was found in.

@@ -204,7 +204,8 @@ fn possible(states: &[State], now: &[u8], zeros: bool) -> Result<(), String> {
             let held = state.bytes.get(at..end).unwrap_or(&[]);
             part[..held.len()] == *held && is_zero(&part[held.len()..])
         };
-        if !states.iter().any(as_in) && !(zeros && at >= least && is_zero(part)) {
+        let never_written = zeros && at >= least && is_zero(part);
+        if !never_written && !states.iter().any(as_in) {
             let what = if is_zero(part) { "lost" } else { "never so" };
             return Err(format!("the block at {at} of {} was {what}; sizes were {sizes:?}", now.len()));
         }
