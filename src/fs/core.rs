@@ -544,16 +544,23 @@ impl Filesystem {
             return batch.len();
         }
         let mut left = 0;
+        let mut mended = Vec::with_capacity(batch.len());
         for inode in batch {
             if inode.removed.load(Ordering::Relaxed) {
                 self.sealed(inode);
-                continue;
-            }
-            if let Err(failed) = self.mend(&inode) {
+            } else if let Err(failed) = self.mend(&inode) {
                 left += 1;
                 self.grumble(inode.ino, failed, "a file cannot be sealed");
-                continue;
+            } else {
+                mended.push(inode);
             }
+        }
+        // What was mended.
+        if let Err(failed) = self.commit() {
+            tracing::warn!(errno = failed.errno(), "the log cannot be put in place: nothing is sealed");
+            return left + mended.len();
+        }
+        for inode in mended {
             let state = inode.file.read().unwrap_or_else(PoisonError::into_inner);
             // Only what is all in place is covered by the flush that comes now.
             let changes = state.as_ref().map(|state| (state.changes(), state.pending().is_some()));
@@ -595,8 +602,10 @@ impl Filesystem {
         if !recovered(&inode.file.read().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(());
         }
+        self.room()?;
         let open = self.open(inode)?;
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
+        self.note_pending(inode);
         match guard.as_mut() {
             Some(state) => state.mend(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error)),
             None => Ok(()),

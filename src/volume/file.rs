@@ -320,7 +320,7 @@ impl FileState {
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
-    /// become the zeros that they read as, sealed like any others. If they are very many, they become holes.
+    /// become the zeros that they read as, sealed like any others: by way of the log. If they are very many, they become holes.
     ///
     /// # Errors
     /// [`Damage`] above the floor that no crash explains; the file cannot be sealed then.
@@ -328,7 +328,7 @@ impl FileState {
         // Before the flush that the seal needs: with the seal the attribute of its birth goes.
         self.be_born(volume, fd)?;
         self.cut_leftovers(fd)?;
-        if !self.recovered || !self.overlay.is_empty() {
+        if !self.recovered || self.mended || !self.overlay.is_empty() {
             return Ok(());
         }
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
@@ -360,7 +360,11 @@ impl FileState {
             }
             zeros |= filled == FILLED;
             filled = (filled + 1).min(FILLED);
-            if !(zeros && zero) {
+            if volume.log().is_some() && !zeros {
+                // In place, a crash in the middle of this could leave half of it over half of what was there.
+                self.open_for_changes(volume, fd, false, false)?;
+                self.log(volume, Change::Blocks { first: index, sealed })?;
+            } else if !(zeros && zero) {
                 storage::write_at(fd, &sealed, format::block_offset(index)).map_err(|(_, errno)| errno)?;
             }
         }
