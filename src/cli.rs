@@ -1,11 +1,12 @@
 //! The command line: parses, calls one verb of `service`, prints its report, and turns an error into one line and a code.
 //!
-//! - [`args`] what can be typed; [`options`] mount options; [`output`] what is printed; [`exit`] the one table of codes.
+//! - [`args`] what can be typed; [`options`] mount options; [`output`] what is printed; `progress` a bar while it works; [`exit`] the one table of codes.
 
 pub mod args;
 pub mod exit;
 pub mod options;
 pub mod output;
+mod progress;
 
 use std::error::Error as _;
 use std::ffi::OsString;
@@ -14,7 +15,7 @@ use std::io::{BufRead as _, IsTerminal as _};
 use clap::{CommandFactory as _, Parser};
 
 use crate::service::daemon::{self, Side, Told};
-use crate::service::{Error, erase, init, keys, mount, status, umount};
+use crate::service::{Error, erase, fsck, init, keys, mount, status, umount};
 use exit::ExitCode;
 use options::{Asked, parse_uri};
 
@@ -50,6 +51,7 @@ fn as_command(arguments: Vec<OsString>) -> u8 {
         args::Command::Umount(given) => run_umount(&given),
         args::Command::Status(given) => run_status(&given),
         args::Command::Erase(given) => run_erase(&given),
+        args::Command::Fsck(given) => run_fsck(&given),
         args::Command::Keys { command: args::Keys::Check { uri, json } } => run_keys_check(&uri, json),
         args::Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -264,6 +266,24 @@ fn ask(
         typed = prepared.key_names().iter().map(|_| read("the name of a key")).collect();
     }
     Ok(erase::Confirmation { volume, keys: typed, also })
+}
+
+fn run_fsck(given: &args::Fsck) -> Result<u8, Error> {
+    let request = fsck::Request {
+        path: given.path.clone(),
+        repair: given.repair,
+        names: given.names,
+        trust: given.trust,
+        uri: given.kms.as_deref().map(parse_uri).transpose()?,
+    };
+    // Draws only at a terminal.
+    let bar = progress::Bar::new(given.quiet);
+    let report = fsck::run(&request, &|tick| bar.show(&tick));
+    bar.end();
+    let report = report?;
+    output::complain(&output::warnings(&report.warnings));
+    output::print(&if given.json { output::json(&report) } else { output::fsck(&report) });
+    Ok(exit::of_fsck(report.state).code())
 }
 
 fn run_keys_check(uri: &str, json: bool) -> Result<u8, Error> {

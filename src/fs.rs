@@ -3,10 +3,12 @@
 //!
 //! - [`inode`] node ids, where each object is in the backing tree, its open descriptor and state;
 //! - [`core`] the shared part; [`namespace`] names; [`data`] contents; [`attributes`] stat and xattrs;
-//! - `damage` what is told of damage; [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
+//! - `check` what a check of a live volume needs; `damage` what is told of damage;
+//! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
 
 pub mod adapter;
 pub mod attributes;
+mod check;
 pub mod core;
 mod damage;
 pub mod data;

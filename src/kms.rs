@@ -58,7 +58,6 @@ impl Binding {
 
 /// A key as the KMS wrapped it: text that only that KMS key opens. Not secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
 pub struct Wrapped(pub String);
 
 /// The facts that identify a KMS key for ever: a key made later under the same name differs in at least one.
@@ -93,6 +92,33 @@ pub enum KeyIdentity {
         /// When the file was made, RFC 3339.
         created: String,
     },
+    /// A key of a service that this program does not know. Kept as it is, and good for nothing.
+    #[serde(untagged)]
+    Foreign(ForeignIdentity),
+}
+
+/// An identity with a `provider` that this program does not know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "serde_json::Map<String, serde_json::Value>")]
+pub struct ForeignIdentity(serde_json::Map<String, serde_json::Value>);
+
+impl ForeignIdentity {
+    /// What it says the service is.
+    pub fn provider(&self) -> &str {
+        self.0.get("provider").and_then(serde_json::Value::as_str).unwrap_or_default()
+    }
+}
+
+impl TryFrom<serde_json::Map<String, serde_json::Value>> for ForeignIdentity {
+    type Error = &'static str;
+
+    /// Not for services that are known: of those every field must be.
+    fn try_from(fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, Self::Error> {
+        match fields.get("provider").and_then(serde_json::Value::as_str) {
+            None | Some("transit" | "file" | "") => Err("not an identity of a key"),
+            Some(_) => Ok(Self(fields)),
+        }
+    }
 }
 
 impl KeyIdentity {
@@ -101,6 +127,7 @@ impl KeyIdentity {
         match self {
             Self::Transit { key, .. } => key.clone(),
             Self::File { key_id, .. } => key_id.to_string(),
+            Self::Foreign(foreign) => foreign.provider().to_owned(),
         }
     }
 
@@ -112,6 +139,7 @@ impl KeyIdentity {
                 Self::Transit { engine_uuid: u, key: k, namespace: n, cluster_id: c, .. },
             ) => (engine_uuid, key, namespace, cluster_id) == (u, k, n, c),
             (Self::File { key_id, .. }, Self::File { key_id: other, .. }) => key_id == other,
+            (Self::Foreign(this), Self::Foreign(other)) => this == other,
             _ => false,
         }
     }
@@ -129,6 +157,7 @@ impl fmt::Display for KeyIdentity {
                 write!(f, "cluster {cluster_id})")
             }
             Self::File { key_id, .. } => write!(f, "key file with id {key_id}"),
+            Self::Foreign(foreign) => write!(f, "key of a service that is not known here: {}", foreign.provider()),
         }
     }
 }

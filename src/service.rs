@@ -1,6 +1,6 @@
 //! The verbs: what `lethefs` does, one file each, without arguments, exit codes or text layout (those are `cli`'s).
 //!
-//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`keys`]: the verbs. Each returns a report that serialises to the
+//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
 //!   JSON of docs/CLI.md;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
 //! - [`control`]: the socket of a live mount, both ends; [`record`]: what a live mount leaves in the runtime directory;
@@ -13,6 +13,7 @@ pub mod backing;
 pub mod control;
 pub mod daemon;
 pub mod erase;
+pub mod fsck;
 pub mod init;
 pub mod journal;
 pub mod keys;

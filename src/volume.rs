@@ -5,8 +5,10 @@
 //! - [`file`] a regular file: reading, writing, floor and seal; [`dir`] directories; [`link`] symlinks; [`node`] FIFOs and
 //!   devices; [`xattr`] extended attributes;
 //! - [`log`] the intent log, [`replay`] what is done with it after a crash;
+//! - [`check`](mod@check) looks everything over, [`repair`](mod@repair) does what can be done about what was found;
 //! - [`events`] what is told of damage; [`storage`] every system call on the backing directory.
 
+pub mod check;
 pub mod content;
 pub mod dir;
 pub mod events;
@@ -19,6 +21,7 @@ pub mod meta;
 pub mod names;
 pub mod node;
 mod overlay;
+pub mod repair;
 pub mod replay;
 pub mod storage;
 #[cfg(test)]
@@ -151,6 +154,36 @@ impl Volume {
         if root_dir.id() != body.root_id {
             return Err(VolumeError::Damaged(Damage::Root));
         }
+        Self::with_root(backing, backing_path, body, keys, read_only, root_dir)
+    }
+
+    /// [`open`](Self::open) for [`check`](mod@check), also where the root's header is lost. Nothing is written.
+    ///
+    /// # Errors
+    /// The ring's, or the backing filesystem's.
+    pub fn open_to_check(
+        backing: OwnedFd,
+        backing_path: &Path,
+        body: &meta::Body,
+        keys: Keyring,
+    ) -> Result<Self, VolumeError> {
+        // Where there is none, any will do: no name will decrypt.
+        let root_dir = match dir::DirKeys::load(backing.as_fd(), &keys) {
+            Ok(root_dir) if root_dir.id() == body.root_id => root_dir,
+            Ok(_) | Err(VolumeError::Damaged(_)) => dir::DirKeys::make(&keys, body.root_id)?,
+            Err(error) => return Err(error),
+        };
+        Self::with_root(backing, backing_path, body, keys, true, root_dir)
+    }
+
+    fn with_root(
+        backing: OwnedFd,
+        backing_path: &Path,
+        body: &meta::Body,
+        keys: Keyring,
+        read_only: bool,
+        root_dir: dir::DirKeys,
+    ) -> Result<Self, VolumeError> {
         let device = storage::stat_fd(backing.as_fd())?.st_dev;
         Ok(Self {
             id: body.volume_id,

@@ -29,6 +29,8 @@ pub enum Command {
     Umount(Umount),
     /// Show a volume, a mount, or all live mounts
     Status(Status),
+    /// Check a volume, and repair what can be repaired
+    Fsck(Fsck),
     /// Destroy a volume's key, and with it the contents of every copy
     Erase(Erase),
     /// Look at keys
@@ -182,6 +184,31 @@ pub struct Erase {
     /// Erase this volume although its backing directory is out of reach (a stolen disk)
     #[arg(long, value_name = "ID")]
     pub volume_id: Option<String>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `fsck`
+#[derive(Debug, Args)]
+pub struct Fsck {
+    /// Backing directory, or mountpoint: a mounted volume is checked as it is
+    pub path: PathBuf,
+    /// Repair what can be repaired. The volume must not be mounted
+    #[arg(long)]
+    pub repair: bool,
+    /// Show plaintext names as well
+    #[arg(long)]
+    pub names: bool,
+    /// Vouch for a volume that this host does not know yet, for this one time
+    #[arg(long)]
+    pub trust: bool,
+    /// The key, where this host does not know it (a key file that moved)
+    #[arg(long, value_name = "URI")]
+    pub kms: Option<String>,
+    /// No progress bar
+    #[arg(short, long)]
+    pub quiet: bool,
     /// Report as JSON
     #[arg(long)]
     pub json: bool,

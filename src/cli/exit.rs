@@ -2,6 +2,7 @@
 
 use crate::kms::Failure;
 use crate::service::Error;
+use crate::service::fsck::State;
 use crate::service::trust::TrustError;
 use crate::volume::VolumeError;
 use crate::volume::meta::MetaError;
@@ -36,6 +37,10 @@ pub enum ExitCode {
     StillRestorable = 18,
     /// An erase was not confirmed.
     NotConfirmed = 19,
+    /// A check found damage, and a repair mended all of it.
+    Repaired = 20,
+    /// A check found damage that is still there.
+    Damaged = 21,
 }
 
 impl ExitCode {
@@ -82,6 +87,15 @@ pub fn code(error: &Error) -> ExitCode {
         Error::Destroyed(_) => ExitCode::Destroyed,
         Error::StillRestorable(_) => ExitCode::StillRestorable,
         Error::NotConfirmed(_) => ExitCode::NotConfirmed,
+    }
+}
+
+/// The code of a check that ran to its end.
+pub fn of_fsck(state: State) -> ExitCode {
+    match state {
+        State::Clean => ExitCode::Done,
+        State::Repaired => ExitCode::Repaired,
+        State::Damaged => ExitCode::Damaged,
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::kms::KeyIdentity;
 use crate::service::erase::{Plan, Report as EraseReport};
 use crate::service::status::{PinState, Report as StatusReport};
-use crate::service::{init, keys, mount, umount};
+use crate::service::{fsck, init, keys, mount, umount};
 
 /// Writes to stdout. A reader that went away is its own business.
 pub fn print(text: &str) {
@@ -227,6 +227,57 @@ pub fn erase(report: &EraseReport, complete: bool) -> String {
         }
     }
     text
+}
+
+/// `fsck`
+pub fn fsck(report: &fsck::Report) -> String {
+    let mut text = String::new();
+    for line in &report.findings {
+        let word = if line.note { "note" } else { "damage" };
+        let _ = writeln!(text, "{word:<8}{}  {}", fault(line.fault), safe(line.name.as_ref().unwrap_or(&line.path)));
+        if line.name.is_some() {
+            let _ = writeln!(text, "        backing  {}", safe(&line.path));
+        }
+        let detail = line.detail.as_ref().map_or(String::new(), |detail| format!(" ({})", safe(detail)));
+        let _ = writeln!(text, "        is       {}{detail}", line.what);
+        for (first, last) in line.blocks.iter().take(8) {
+            let _ =
+                writeln!(text, "        blocks   {first} to {last}: bytes {} to {}", first * 4096, last * 4096 + 4095);
+        }
+        if line.blocks.len() > 8 {
+            let _ = writeln!(text, "        blocks   and {} more runs: --json lists them", line.blocks.len() - 8);
+        }
+        let _ = writeln!(text, "        costs    {}", line.costs);
+        match (&line.repaired, &line.problem) {
+            (Some(how), _) => {
+                let _ = writeln!(text, "        repaired {}", safe(how));
+            }
+            (None, Some(why)) => {
+                let _ = writeln!(text, "        repair   failed: {}", safe(why));
+            }
+            (None, None) => {
+                let _ = writeln!(text, "        repair   {}", line.repair);
+            }
+        }
+    }
+    let checked = &report.checked;
+    let _ = writeln!(
+        text,
+        "checked {} files with {} bytes, {} directories, {} links, {} nodes",
+        checked.files, checked.bytes, checked.directories, checked.links, checked.nodes
+    );
+    let left = report.left.iter().filter(|line| !line.note).count();
+    let _ = match report.state {
+        fsck::State::Clean => writeln!(text, "clean"),
+        fsck::State::Repaired => writeln!(text, "repaired: nothing is left"),
+        fsck::State::Damaged => writeln!(text, "damaged: {left} findings are left"),
+    };
+    text
+}
+
+/// The word for a kind of finding, as in JSON.
+fn fault(fault: crate::volume::check::Fault) -> String {
+    serde_json::to_value(fault).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// `keys check`

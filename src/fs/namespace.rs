@@ -36,7 +36,7 @@ pub struct Entry {
 }
 
 /// The node id for a backing inode number: the root has 1, so nobody else may.
-fn node_id(backing: u64) -> u64 {
+pub(super) fn node_id(backing: u64) -> u64 {
     if backing == ROOT { 1 << 63 | ROOT } else { backing }
 }
 

@@ -17,8 +17,8 @@ use serde::Serialize;
 use super::adapter::Adapter;
 use super::core::Filesystem;
 use crate::keyring::SealReason;
-use crate::volume::Volume;
 use crate::volume::storage::Errno;
+use crate::volume::{Volume, VolumeError, check};
 
 /// The type in /proc/mounts.
 pub const FS_TYPE: &str = "fuse.lethefs";
@@ -224,6 +224,21 @@ impl MountHandle {
             }
         });
         SealReport { sealed_now, purged_inodes, keys_wiped_us, purged_us: begun.elapsed().as_micros() as u64 }
+    }
+
+    /// Checks the volume while it is in use, changing nothing. Takes half of the processors.
+    ///
+    /// # Errors
+    /// As [`check`](fn@check::check).
+    pub fn check(
+        &self,
+        names: bool,
+        progress: &check::Progress,
+        found: &(dyn Fn(check::Finding) + Sync),
+    ) -> Result<(), VolumeError> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2);
+        let request = check::Request { live: Some(&*self.fs), names, threads, progress };
+        check::check(&self.fs.volume, &request, found)
     }
 
     /// A notification: struct fuse_out_header with unique 0, its code in the error field.

@@ -44,6 +44,27 @@ pub enum Op {
     Metrics,
     /// Wipe the keys now. Cannot be undone but by a new mount.
     Seal,
+    /// Check the whole volume, changing nothing. Findings and progress come in lines of their own before the answer.
+    Fsck,
+}
+
+/// One question, for whoever answers it.
+pub struct Asked<'a> {
+    /// What is asked.
+    pub op: Op,
+    /// [`Op::Fsck`]: with plaintext names.
+    pub names: bool,
+    tell: &'a mut dyn FnMut(&str, &Value) -> io::Result<()>,
+}
+
+impl Asked<'_> {
+    /// Sends a line before the answer: `{"v":1,WHAT:value}`.
+    ///
+    /// # Errors
+    /// The client went away.
+    pub fn tell(&mut self, what: &str, value: &Value) -> io::Result<()> {
+        (self.tell)(what, value)
+    }
 }
 
 /// The answer to [`Op::Status`].
@@ -81,6 +102,8 @@ pub struct Status {
 struct Request {
     v: u32,
     op: String,
+    #[serde(default)]
+    names: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -103,7 +126,10 @@ struct Refusal {
 ///
 /// # Errors
 /// The system's.
-pub fn serve(path: &Path, answer: impl Fn(Op) -> Value + Send + Sync + 'static) -> io::Result<()> {
+pub fn serve(
+    path: &Path,
+    answer: impl Fn(&mut Asked<'_>) -> Result<Value, String> + Send + Sync + 'static,
+) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -139,33 +165,48 @@ pub fn serve(path: &Path, answer: impl Fn(Op) -> Value + Send + Sync + 'static) 
     Ok(())
 }
 
-fn converse(stream: &UnixStream, answer: &(impl Fn(Op) -> Value + ?Sized)) -> io::Result<()> {
+fn converse(
+    stream: &UnixStream,
+    answer: &(impl Fn(&mut Asked<'_>) -> Result<Value, String> + ?Sized),
+) -> io::Result<()> {
     let peer = rustix::net::sockopt::socket_peercred(stream)?.uid.as_raw();
+    stream.set_write_timeout(Some(PATIENCE))?;
     let reply = if peer == 0 || peer == places::euid() {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut line = Vec::new();
         BufReader::new(stream).take(MAX_LINE).read_until(b'\n', &mut line)?;
-        respond(&line, answer)
+        let mut tell =
+            |what: &str, value: &Value| write_line(stream, &serde_json::json!({ "v": VERSION, what: value }));
+        respond(&line, answer, &mut tell)
     } else {
         refuse("denied", "only root and the user of the mount are answered")
     };
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut text = serde_json::to_vec(&reply)?;
+    write_line(stream, &reply)
+}
+
+fn write_line(mut stream: &UnixStream, line: &impl Serialize) -> io::Result<()> {
+    let mut text = serde_json::to_vec(line)?;
     text.push(b'\n');
-    let mut stream = stream;
     stream.write_all(&text)
 }
 
-fn respond(line: &[u8], answer: &(impl Fn(Op) -> Value + ?Sized)) -> Reply {
+fn respond(
+    line: &[u8],
+    answer: &(impl Fn(&mut Asked<'_>) -> Result<Value, String> + ?Sized),
+    tell: &mut dyn FnMut(&str, &Value) -> io::Result<()>,
+) -> Reply {
     let Ok(request) = serde_json::from_slice::<Request>(line) else {
         return refuse("bad-request", "expected one line like {\"v\":1,\"op\":\"status\"}");
     };
     if request.v != VERSION {
         return refuse("unknown-version", "this mount speaks version 1");
     }
-    match serde_json::from_value(Value::String(request.op)) {
-        Ok(op) => Reply { v: VERSION, ok: Some(answer(op)), error: None },
-        Err(_) => refuse("unknown-op", "known are status, metrics, seal"),
+    let Ok(op) = serde_json::from_value(Value::String(request.op)) else {
+        return refuse("unknown-op", "known are status, metrics, seal, fsck");
+    };
+    match answer(&mut Asked { op, names: request.names, tell }) {
+        Ok(value) => Reply { v: VERSION, ok: Some(value), error: None },
+        Err(why) => refuse("failed", &why),
     }
 }
 
@@ -238,11 +279,31 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
-        let reply: Reply = serde_json::from_slice(&reply)?;
-        match (reply.ok, reply.error) {
-            (Some(value), None) => Ok(value),
-            (_, Some(refusal)) => Err(io::Error::other(format!("the mount refused: {}", refusal.message))),
-            (None, None) => Err(io::Error::other("the mount gave an empty answer")),
+        outcome(serde_json::from_slice(&reply)?)
+    }
+
+    /// Asks for a check of the volume; calls `told` with each line before the answer. Waits as long as lines come.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub fn check(mut self, names: bool, told: &mut dyn FnMut(&Value)) -> io::Result<Value> {
+        self.stream.set_write_timeout(Some(ANSWER_PATIENCE))?;
+        self.stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+        let mut line = serde_json::to_vec(&serde_json::json!({ "v": VERSION, "op": Op::Fsck, "names": names }))?;
+        line.push(b'\n');
+        self.stream.write_all(&line)?;
+        let mut lines = BufReader::new(&self.stream);
+        loop {
+            let mut line = Vec::new();
+            (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line)?;
+            if line.is_empty() {
+                return Err(io::Error::other("the mount ended in the middle of it"));
+            }
+            let value: Value = serde_json::from_slice(&line)?;
+            if value.get("ok").is_some() || value.get("error").is_some() {
+                return outcome(serde_json::from_value(value)?);
+            }
+            told(&value);
         }
     }
 
@@ -260,6 +321,14 @@ impl Client {
     /// As [`ask`](Self::ask).
     pub(crate) fn status_until(self, until: Instant) -> io::Result<Status> {
         Ok(serde_json::from_value(self.ask_until(Op::Status, until)?)?)
+    }
+}
+
+fn outcome(reply: Reply) -> io::Result<Value> {
+    match (reply.ok, reply.error) {
+        (Some(value), None) => Ok(value),
+        (_, Some(refusal)) => Err(io::Error::other(format!("the mount refused: {}", refusal.message))),
+        (None, None) => Err(io::Error::other("the mount gave an empty answer")),
     }
 }
 
@@ -288,7 +357,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("s");
         std::fs::write(&path, "left over").expect("written");
-        serve(&path, |op| serde_json::json!({ "asked": op })).expect("served");
+        serve(&path, |asked| Ok(serde_json::json!({ "asked": asked.op }))).expect("served");
         assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
         let value = Client::connect(&path).expect("connected").ask(Op::Seal).expect("answer");
         assert_eq!(value, serde_json::json!({ "asked": "seal" }));
@@ -345,7 +414,7 @@ mod tests {
     fn only_a_socket_of_the_directorys_owner_is_connected_to() {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("s");
-        serve(&path, |_| Value::Null).expect("served");
+        serve(&path, |_| Ok(Value::Null)).expect("served");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).expect("link");
         assert!(Client::connect(&link).is_err(), "a symlink");

@@ -18,7 +18,7 @@ use crate::keyring::{self, Keyring, SealReason};
 use crate::kms::{self, Binding, KeyIdentity, KeyUri, Purpose};
 use crate::volume::Volume;
 use crate::volume::format::{FORMAT, VOLUME_FILE};
-use crate::volume::meta::{self, Body, KekRecord, KeyState, Scope, Slot, VolumeFile};
+use crate::volume::meta::{self, Body, Extra, KekRecord, KeyState, Scope, Slot, VolumeFile};
 
 /// What to make.
 pub struct Request {
@@ -85,6 +85,7 @@ pub fn run(request: &Request) -> Result<Report, Error> {
         wrapped: kek.wrapped,
         canary: canary.wrapped,
         canary_check: hex(&keyring::canary_check(&volume, 0, 1, &canary.key)),
+        extra: Extra::new(),
     };
     let record = KekRecord {
         version: 1,
@@ -92,6 +93,7 @@ pub fn run(request: &Request) -> Result<Report, Error> {
         created: created.clone(),
         commitment: trust::commitment_text(&keyring::commitment(&volume, 0, 1, &kek.key)),
         slots: vec![slot],
+        extra: Extra::new(),
     };
     let body = Body {
         magic: "lethefs".into(),
@@ -103,7 +105,8 @@ pub fn run(request: &Request) -> Result<Report, Error> {
         incompat: Vec::new(),
         compat: Vec::new(),
         root_id: ObjectId::random().map_err(keyring::KeyringError::from)?,
-        scopes: vec![Scope { id: 0, current: 1, keks: vec![record] }],
+        scopes: vec![Scope { id: 0, current: 1, keks: vec![record], extra: Extra::new() }],
+        extra: Extra::new(),
     };
     let keys = Keyring::new(volume).map_err(Error::io("no locked memory for keys: raise the limit (ulimit -l)"))?;
     keys.admit(0, 1, &kek.key, true)?;

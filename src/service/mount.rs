@@ -3,12 +3,13 @@
 //! [`run`] is the whole life of the process that serves a mount. Order matters: lock, volume file, pin, one unwrap, the
 //! commitment, the file's authenticity, the root, the mount, the control socket; only then is anybody told.
 
-mod unlock;
+pub(super) mod unlock;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -17,7 +18,7 @@ use signal_hook::iterator::Signals;
 
 use super::control::{self, Client, Op, Status};
 use super::record::{self, Files, Record, path_text};
-use super::{Error, SCHEMA, backing, journal, mountinfo, places, trust, umount};
+use super::{Error, SCHEMA, backing, fsck, journal, mountinfo, places, trust, umount};
 use crate::crypto::VolumeId;
 use crate::fs::session::{MountHandle, MountOptions, Mounted};
 use crate::keyring::SealReason;
@@ -156,7 +157,12 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
 
 /// Replays what the intent log of a mount that did not end cleanly holds. What to tell about it.
 fn after_unclean_end(volume: &Volume) -> Result<Vec<String>, Error> {
-    let done = replay::replay(volume).map_err(|error| {
+    replayed(replay::replay(volume))
+}
+
+/// What to tell about a replay.
+pub(super) fn replayed(done: Result<replay::Replayed, VolumeError>) -> Result<Vec<String>, Error> {
+    let done = done.map_err(|error| {
         let why = match &error {
             VolumeError::Backing(errno) if *errno == Errno::NOSPC || *errno == Errno::DQUOT => {
                 "free some space in the backing filesystem".to_owned()
@@ -244,7 +250,7 @@ fn check_paths(backing: &Path, mountpoint: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn take_lock(backing: &OwnedFd, path: &Path) -> Result<(), Error> {
+pub(super) fn take_lock(backing: &OwnedFd, path: &Path) -> Result<(), Error> {
     let until = Instant::now() + LOCK_PATIENCE;
     loop {
         if backing::lock(backing, path)? {
@@ -318,8 +324,9 @@ fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountH
         sealed: None,
         counters: serde_json::Value::Null,
     };
-    control::serve(&files.socket, move |op| {
-        let value = match op {
+    let checking = AtomicBool::new(false);
+    control::serve(&files.socket, move |asked| {
+        let value = match asked.op {
             Op::Status => {
                 let counters = serde_json::to_value(handle.status()).unwrap_or_default();
                 let sealed = counters.get("sealed").and_then(|reason| reason.as_str()).map(str::to_owned);
@@ -330,8 +337,16 @@ fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountH
                 tracing::warn!("sealed on request");
                 serde_json::to_value(handle.seal(SealReason::Revoked))
             }
+            Op::Fsck => {
+                if checking.swap(true, Ordering::SeqCst) {
+                    return Err("a check is under way already".into());
+                }
+                let checked = fsck::answer(&handle, asked);
+                checking.store(false, Ordering::SeqCst);
+                Ok(checked?)
+            }
         };
-        value.unwrap_or_default()
+        Ok(value.unwrap_or_default())
     })?;
     record::write(files, record)
 }
@@ -410,7 +425,7 @@ mod tests {
             sealed: None,
             counters: serde_json::Value::Null,
         };
-        control::serve(&files.socket, move |_| serde_json::to_value(&status).expect("JSON")).expect("served");
+        control::serve(&files.socket, move |_| Ok(serde_json::to_value(&status).expect("JSON"))).expect("served");
         let error = refuse_second_copy(&files).expect_err("refused");
         assert!(matches!(&error, Error::InUse(line) if line.contains("mounted at /there")), "{error}");
     }

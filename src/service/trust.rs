@@ -414,7 +414,7 @@ fn rebuilt_uri(identity: &KeyIdentity) -> Option<KeyUri> {
             let uri = KeyUri::Transit(TransitKey { engine: engine.clone(), key: key.clone() });
             uri.to_string().parse().ok().filter(|parsed| *parsed == uri)
         }
-        KeyIdentity::File { .. } => None,
+        KeyIdentity::File { .. } | KeyIdentity::Foreign(_) => None,
     }
 }
 

@@ -10,6 +10,7 @@
 //! and a crash can cost a block.
 
 mod change;
+pub mod check;
 mod durable;
 mod gaps;
 

@@ -17,6 +17,8 @@ pub const DIR_HEADER: &str = "lethefs.dir";
 pub const OVERFLOW_DIR: &str = "lethefs.overflow";
 /// The journal of an erase.
 pub const ERASE_FILE: &str = "lethefs.erase";
+/// What `fsck --repair` took out of the tree, in the root.
+pub const QUARANTINE: &str = "lethefs.quarantine";
 /// Attribute of a regular file that was not sealed yet: its first header once more. Unlike contents it is journalled with
 /// the file's making, so that a power cut does not leave a file without a key.
 pub const BIRTH: &str = "user.lethefs-birth";

@@ -23,6 +23,9 @@ pub const MAX_LEN: u64 = 1 << 20;
 /// Longest label, in bytes.
 pub const MAX_LABEL: usize = 64;
 
+/// Fields that this program need not know. Authenticated with the rest.
+pub type Extra = serde_json::Map<String, serde_json::Value>;
+
 /// First line of the volume file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,6 +50,8 @@ pub struct Body {
     pub root_id: ObjectId,
     /// Scopes; format 1 has one.
     pub scopes: Vec<Scope>,
+    /// What readers may ignore and writers keep.
+    pub extra: Extra,
 }
 
 /// A part of the volume with KEKs of its own.
@@ -59,6 +64,8 @@ pub struct Scope {
     pub current: u32,
     /// Every KEK version that ever wrapped anything.
     pub keks: Vec<KekRecord>,
+    /// What readers may ignore and writers keep.
+    pub extra: Extra,
 }
 
 /// A KEK version.
@@ -75,6 +82,8 @@ pub struct KekRecord {
     pub commitment: String,
     /// KMS keys that each open it.
     pub slots: Vec<Slot>,
+    /// What readers may ignore and writers keep.
+    pub extra: Extra,
 }
 
 /// Key states of NIST SP 800-57 part 1 rev. 5, section 7.
@@ -106,6 +115,8 @@ pub struct Slot {
     pub canary: Wrapped,
     /// Public check value of the canary, hex.
     pub canary_check: String,
+    /// What readers may ignore and writers keep.
+    pub extra: Extra,
 }
 
 #[derive(Serialize, Deserialize)]

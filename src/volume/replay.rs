@@ -212,9 +212,8 @@ fn concerns(subject: &Subject, header: &Mutable) -> bool {
     opened || sealed_then || seal_lost
 }
 
-/// Does what the records say, in order. How many there were to do.
-fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64, VolumeError> {
-    let Header { header, mutable: at_first, newborn } = read_header(volume, fd)?;
+/// The records, in order, that are about a file with this header, and not settled.
+pub(super) fn todo<'a>(records: &'a [Record], header: &Mutable) -> Vec<&'a Record> {
     let void = records
         .iter()
         .filter_map(|record| match record.change {
@@ -222,11 +221,17 @@ fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64,
             _ => None,
         })
         .max();
-    let todo: Vec<&Record> = records
+    records
         .iter()
-        .filter(|record| concerns(&record.subject, &at_first) && void.is_none_or(|until| record.sequence > until))
+        .filter(|record| concerns(&record.subject, header) && void.is_none_or(|until| record.sequence > until))
         .filter(|record| !matches!(record.change, Change::Settled { .. }))
-        .collect();
+        .collect()
+}
+
+/// Does what the records say, in order. How many there were to do.
+fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64, VolumeError> {
+    let Header { header, mutable: at_first, newborn } = read_header(volume, fd)?;
+    let todo = todo(records, &at_first);
     if todo.is_empty() {
         return Ok(0);
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Volume;
-use super::meta::{Body, KekRecord, KeyState, Scope};
+use super::meta::{Body, Extra, KekRecord, KeyState, Scope};
 use crate::crypto::{Key32, ObjectId, VolumeId};
 use crate::keyring::Keyring;
 
@@ -21,6 +21,7 @@ pub(crate) fn volume(dir: &Path) -> Volume {
         created: String::new(),
         commitment: String::new(),
         slots: Vec::new(),
+        extra: Extra::new(),
     };
     let body = Body {
         magic: "lethefs".into(),
@@ -32,7 +33,8 @@ pub(crate) fn volume(dir: &Path) -> Volume {
         incompat: Vec::new(),
         compat: Vec::new(),
         root_id: root,
-        scopes: vec![Scope { id: 0, current: 1, keks: vec![kek] }],
+        scopes: vec![Scope { id: 0, current: 1, keks: vec![kek], extra: Extra::new() }],
+        extra: Extra::new(),
     };
     Volume::open(fd.into(), Path::new("/"), &body, keys, false).unwrap()
 }

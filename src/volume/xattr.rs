@@ -106,6 +106,37 @@ pub fn list(
     Ok(names)
 }
 
+/// The backing names of those attributes of ours of which the name or the value does not open.
+///
+/// # Errors
+/// The ring's, the backing filesystem's.
+pub fn damaged(volume: &Volume, held: BorrowedFd<'_>, dek: &Dek) -> Result<Vec<Vec<u8>>, VolumeError> {
+    let aad = name_aad(dek.object());
+    let mut damaged = Vec::new();
+    for backing in storage::list_xattr(held)? {
+        let Some(text) = backing.strip_prefix(PREFIX.as_bytes()) else { continue };
+        let name = match un_b64(text) {
+            None => None,
+            Some(sealed) => {
+                volume.keys().with_keys(dek, |keys| keys.cipher(DekLabel::Xattr).open(&NAME_NONCE, &aad, &sealed))?.ok()
+            }
+        };
+        let opens = match name {
+            None => false,
+            Some(name) => match get(volume, held, dek, OsStr::from_bytes(&name)) {
+                // Removed meanwhile.
+                Ok(_) | Err(VolumeError::Backing(Errno::NODATA)) => true,
+                Err(VolumeError::Damaged(_)) => false,
+                Err(error) => return Err(error),
+            },
+        };
+        if !opens {
+            damaged.push(backing);
+        }
+    }
+    Ok(damaged)
+}
+
 /// Removes every attribute of ours, readable or not.
 ///
 /// # Errors

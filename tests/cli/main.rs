@@ -22,7 +22,7 @@ fn help_names_every_command_and_is_not_an_error() {
         .take_while(|line| !line.is_empty())
         .filter_map(|line| line.split_whitespace().next())
         .collect();
-    assert_eq!(commands, ["init", "mount", "umount", "status", "erase", "keys", "completions", "help"]);
+    assert_eq!(commands, ["init", "mount", "umount", "status", "fsck", "erase", "keys", "completions", "help"]);
     world.run(&["--version"]).is(0);
     let bash = world.run(&["completions", "bash"]);
     bash.is(0);
@@ -49,8 +49,26 @@ fn the_table_of_exit_codes_is_the_documents() {
         Code::Destroyed,
         Code::StillRestorable,
         Code::NotConfirmed,
+        Code::Repaired,
+        Code::Damaged,
     ];
     assert_eq!(codes, table.map(Code::code));
+}
+
+#[test]
+fn the_table_of_findings_is_the_documents() {
+    let document = include_str!("../../docs/CLI.md");
+    let table = document.split("| `fault` | is |").nth(1).unwrap().split("\n\n").next().unwrap();
+    let mut told: Vec<&str> = table
+        .lines()
+        .skip(2)
+        .flat_map(|line| line.split('|').nth(1).unwrap_or_default().split('`').skip(1).step_by(2))
+        .collect();
+    let words = lethefs::volume::check::Fault::ALL.map(|fault| serde_json::to_value(fault).unwrap());
+    let mut known: Vec<&str> = words.iter().map(|word| word.as_str().unwrap()).collect();
+    told.sort_unstable();
+    known.sort_unstable();
+    assert_eq!(told, known);
 }
 
 #[test]

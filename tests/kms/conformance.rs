@@ -79,6 +79,7 @@ fn other_identities(identity: &KeyIdentity) -> Vec<(&'static str, KeyIdentity)> 
                 }
             }),
         )],
+        KeyIdentity::Foreign(_) => panic!("a provider that makes keys of another"),
     }
 }
 

@@ -89,15 +89,15 @@ class Volume:
         keks = [self.kek_entry(1, self.kek, "active"), self.kek_entry(2, KEK_2, "deactivated")]
         return {"magic": "lethefs", "format": 1, "volume_id": self.vid.hex(), "label": self.label,
                 "created": "2026-01-02T03:04:05Z", "generation": 1, "incompat": [], "compat": [],
-                "root_id": self.root.oid.hex(), "scopes": [{"id": 0, "current": 1, "keks": keks}]}
+                "root_id": self.root.oid.hex(), "scopes": [{"id": 0, "current": 1, "keks": keks, "extra": {}}], "extra": {"news": [1]}}
 
     def kek_entry(self, version: int, kek: bytes, state: str) -> dict[str, Any]:
         check = derive(self.random(32), self.vid, b"lethefs/1/kek/canary" + self.place(version))
         slot = {"id": 1, "created": "2026-01-02T03:04:05Z", "identity": {"kind": "sample"}, "wrapped": "sample",
-                "canary": "sample", "canary_check": check.hex()}
+                "canary": "sample", "canary_check": check.hex(), "extra": {}}
         commitment = derive(kek, self.vid, b"lethefs/1/kek/commit" + self.place(version))
         return {"version": version, "state": state, "created": "2026-01-02T03:04:05Z", "commitment": commitment.hex(),
-                "slots": [slot]}
+                "slots": [slot], "extra": {"of": "a later program"}}
 
     def signed(self, line: bytes) -> bytes:
         key = derive(self.kek, self.vid, b"lethefs/1/kek/volume" + self.place(1))

@@ -199,7 +199,7 @@ class Volume:
     def check_body(self, body: dict[str, Any]) -> dict[str, Any]:
         """Section 3, the table: every field, no other. Returns the entry of our KEK version."""
         fields(body, {"magic": str, "format": int, "volume_id": 32, "label": str, "created": "time", "generation": int,
-                      "incompat": list, "compat": list, "root_id": 32, "scopes": list})
+                      "incompat": list, "compat": list, "root_id": 32, "scopes": list, "extra": dict})
         label = body["label"]
         if len(label.encode("utf-8", "replace")) > 64 or any(unicodedata.category(c) in ("Cc", "Cs") for c in label):
             raise Trouble("bad label")
@@ -207,14 +207,15 @@ class Volume:
             raise Trouble("incompat and compat are lists of strings")
         ours = []
         for scope in body["scopes"]:
-            fields(scope, {"id": int, "current": int, "keks": list})
+            fields(scope, {"id": int, "current": int, "keks": list, "extra": dict})
             for kek in scope["keks"]:
-                fields(kek, {"version": int, "state": str, "created": "time", "commitment": 64, "slots": list})
+                fields(kek, {"version": int, "state": str, "created": "time", "commitment": 64, "slots": list,
+                             "extra": dict})
                 if kek["version"] < 1 or kek["state"] not in STATES:
                     raise Trouble("bad KEK entry")
                 for slot in kek["slots"]:
                     fields(slot, {"id": int, "created": "time", "identity": dict, "wrapped": str, "canary": str,
-                                  "canary_check": 64})
+                                  "canary_check": 64, "extra": dict})
                 if (scope["id"], kek["version"]) == (self.scope, self.version):
                     ours.append(kek)
             versions = [kek["version"] for kek in scope["keks"]]
@@ -499,7 +500,7 @@ class Volume:
         if root and name in ("lethefs.log.0", "lethefs.log.1"):
             self.warnings.append(f"{name}: mounted, or not unmounted cleanly: the last changes may be only in the log")
             return True
-        at_root = ("lethefs.volume", "lethefs.volume.bak", "lethefs.overflow", "lethefs.erase")
+        at_root = ("lethefs.volume", "lethefs.volume.bak", "lethefs.overflow", "lethefs.erase", "lethefs.quarantine")
         return name == "lethefs.dir" or root and name in at_root
 
     def records(self) -> list[dict[str, Any]]:

@@ -257,7 +257,7 @@ class VolumeFile(Case):
                 ("fields", lambda b: kek(b)["slots"][0].update(news=1)),
                 ("label", lambda b: b.update(label="a" * 65)),
                 ("label", lambda b: b.update(label="a\nb")),
-                ("one scope", lambda b: b["scopes"].append({"id": 1, "current": 1, "keks": b["scopes"][0]["keks"]})),
+                ("one scope", lambda b: b["scopes"].append(dict(b["scopes"][0], id=1))),
                 ("contradict", lambda b: b["scopes"][0].update(current=3)),
                 ("contradict", lambda b: b["scopes"][0]["keks"].append(dict(kek(b), state="active"))),
                 ("generation", lambda b: b.update(generation=True)),

@@ -52,6 +52,13 @@ impl Output {
         self
     }
 
+    /// Ended with this code, which is no failure of the program's.
+    #[track_caller]
+    pub(crate) fn is_code(&self, code: i32) -> &Self {
+        assert_eq!(self.code, Some(code), "{}\n{}", self.out, self.err);
+        self
+    }
+
     /// stderr has this in it.
     #[track_caller]
     pub(crate) fn says(&self, part: &str) -> &Self {

@@ -164,7 +164,9 @@ fn means(uri: &KeyUri, identity: &KeyIdentity) -> bool {
     match (uri, identity) {
         (KeyUri::Transit(uri), KeyIdentity::Transit { engine, key, .. }) => uri.engine == *engine && uri.key == *key,
         (KeyUri::File(_), KeyIdentity::File { .. }) => true,
-        (KeyUri::Transit(_), KeyIdentity::File { .. }) | (KeyUri::File(_), KeyIdentity::Transit { .. }) => false,
+        (KeyUri::Transit(_), KeyIdentity::File { .. })
+        | (KeyUri::File(_), KeyIdentity::Transit { .. })
+        | (_, KeyIdentity::Foreign(_)) => false,
     }
 }
 

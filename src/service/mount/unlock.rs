@@ -8,19 +8,19 @@ use crate::service::trust::{Grant, Usable};
 use crate::volume::meta::{Body, MetaError};
 
 /// An open lock.
-pub(super) struct Unlocked {
+pub(in crate::service) struct Unlocked {
     /// Holds the KEK.
-    pub(super) keys: Keyring,
+    pub(in crate::service) keys: Keyring,
     /// Authentic.
-    pub(super) body: Body,
+    pub(in crate::service) body: Body,
     /// What opened it.
-    pub(super) used: Usable,
+    pub(in crate::service) used: Usable,
     /// The copies on disk are not both this body.
-    pub(super) repair: bool,
+    pub(in crate::service) repair: bool,
 }
 
 /// Unwraps the KEK with one request where all is well; damaged copies may take one more.
-pub(super) fn unlock(grant: &Grant, journal: Option<&Journal>) -> Result<Unlocked, Error> {
+pub(in crate::service) fn unlock(grant: &Grant, journal: Option<&Journal>) -> Result<Unlocked, Error> {
     let mut tried: Vec<&Usable> = Vec::new();
     let mut first_error = None;
     for usable in grant.copies.iter().flat_map(|(_, usable)| usable) {

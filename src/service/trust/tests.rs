@@ -3,7 +3,7 @@
 use super::*;
 use crate::crypto::ObjectId;
 use crate::kms::Wrapped;
-use crate::volume::meta::{KekRecord, Scope};
+use crate::volume::meta::{Extra, KekRecord, Scope};
 
 fn transit(key: &str, created: i64) -> KeyIdentity {
     KeyIdentity::Transit {
@@ -26,6 +26,7 @@ fn body(identity: KeyIdentity) -> Body {
         wrapped: Wrapped("w".into()),
         canary: Wrapped("c".into()),
         canary_check: "0".repeat(64),
+        extra: Extra::new(),
     };
     let kek = KekRecord {
         version: 1,
@@ -33,6 +34,7 @@ fn body(identity: KeyIdentity) -> Body {
         created: "2026-01-01T00:00:00Z".into(),
         commitment: "ab".repeat(32),
         slots: vec![slot],
+        extra: Extra::new(),
     };
     Body {
         magic: "lethefs".into(),
@@ -44,7 +46,8 @@ fn body(identity: KeyIdentity) -> Body {
         incompat: vec![],
         compat: vec![],
         root_id: ObjectId([2; 16]),
-        scopes: vec![Scope { id: 0, current: 1, keks: vec![kek] }],
+        scopes: vec![Scope { id: 0, current: 1, keks: vec![kek], extra: Extra::new() }],
+        extra: Extra::new(),
     }
 }
 
@@ -110,4 +113,29 @@ fn what_a_file_claims_is_printed_harmlessly() {
     let text = no_pin(&body(transit("a\n\u{1b}[2Jb", 7))).to_string();
     assert!(!text.chars().any(char::is_control), "{text:?}");
     assert!(text.contains("no key service was asked"));
+}
+
+/// A slot of a service that comes later is no reason not to open the volume by another one, and is kept.
+#[test]
+fn a_slot_of_an_unknown_service_is_kept_and_never_used() {
+    let mut body = body(transit("k", 5));
+    let foreign = serde_json::json!({ "provider": "moonkms", "vault": { "crater": 7 } });
+    let mut slot = body.scope().keks[0].slots[0].clone();
+    slot.id = 2;
+    slot.identity = serde_json::from_value(foreign.clone()).expect("kept");
+    slot.extra.insert("since".into(), "later".into());
+    body.scope_mut().keks[0].slots.insert(0, slot);
+    let text = serde_json::to_string(&body).expect("JSON");
+    let read: Body = serde_json::from_str(&text).expect("read");
+    assert_eq!(read, body);
+    assert_eq!(serde_json::to_value(&read.scope().keks[0].slots[0].identity).expect("JSON"), foreign);
+    let found = found(&body);
+    assert!(found.pin.slots().all(|(_, _, slot)| matches!(slot.identity, KeyIdentity::Transit { .. })));
+    assert_eq!(verify(&found, &read).expect("usable").len(), 1);
+    assert!(keys_of(&read).contains("moonkms"), "{}", keys_of(&read));
+    // Of a service that is known every field must be.
+    for known in [serde_json::json!({ "provider": "file" }), serde_json::json!({ "provider": "transit", "key": "k" })] {
+        assert!(serde_json::from_value::<KeyIdentity>(known).is_err());
+    }
+    assert!(serde_json::from_value::<KeyIdentity>(serde_json::json!({ "key": "k" })).is_err());
 }
