@@ -10,6 +10,8 @@ pub mod adapter;
 pub mod attributes;
 mod check;
 pub mod core;
+#[cfg(test)]
+mod crash_tests;
 mod damage;
 pub mod data;
 pub mod errno;

@@ -245,6 +245,19 @@ impl Volume {
         Ok(())
     }
 
+    /// The same with a log whose files are full at `full` bytes.
+    #[cfg(test)]
+    pub(crate) fn begin_log_for_tests(&mut self, full: u64) -> Result<(), VolumeError> {
+        self.log = Some(log::Log::with_limit(&self.root, &self.keys, full)?);
+        Ok(())
+    }
+
+    /// Ends a volume, but not its keys.
+    #[cfg(test)]
+    pub(crate) fn into_keys_for_tests(self) -> Keyring {
+        self.keys
+    }
+
     /// The log as a crash leaves it.
     #[cfg(test)]
     pub(crate) fn end_of_log_for_tests(&mut self) {

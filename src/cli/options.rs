@@ -144,6 +144,7 @@ fn apply(asked: &mut Asked, word: &str, value: Option<&str>) -> Result<bool, Err
                 "noatime" => (&mut options.noatime, true),
                 "atime" | "relatime" => (&mut options.noatime, false),
                 "acl" => (&mut options.acl, true),
+                "unsafe_no_log" => (&mut options.no_log, true),
                 _ => return Ok(false),
             };
             if value.is_some() {

@@ -176,6 +176,10 @@ impl Filesystem {
                 return Ok(open.clone());
             }
             let open = self.reach(inode)?;
+            if inode.kind == Kind::Regular && !open.writable && !self.volume.read_only() {
+                // Not kept: the backing filesystem may be writable again the next time.
+                return Ok(open);
+            }
             *slot = Some(open.clone());
             open
         };
@@ -295,6 +299,8 @@ impl Filesystem {
             let unsealed = state.unsealed() && open.writable;
             *guard = Some(Box::new(state));
             if unsealed {
+                // Nor is it known whether its name was flushed.
+                inode.unnamed.store(true, Ordering::SeqCst);
                 self.changed(inode, false);
             }
         }
@@ -461,7 +467,7 @@ impl Filesystem {
     pub fn checkpoint(&self) -> Outcome<()> {
         let Some(log) = self.volume.log() else { return Ok(()) };
         let _alone = lock(&self.checkpointing);
-        if !log.is_full() {
+        if !log.is_full() && !log.is_short() {
             return Ok(()); // somebody else did it while we waited
         }
         self.commit()?;
@@ -538,16 +544,23 @@ impl Filesystem {
             return batch.len();
         }
         let mut left = 0;
+        let mut mended = Vec::with_capacity(batch.len());
         for inode in batch {
             if inode.removed.load(Ordering::Relaxed) {
                 self.sealed(inode);
-                continue;
-            }
-            if let Err(failed) = self.mend(&inode) {
+            } else if let Err(failed) = self.mend(&inode) {
                 left += 1;
                 self.grumble(inode.ino, failed, "a file cannot be sealed");
-                continue;
+            } else {
+                mended.push(inode);
             }
+        }
+        // What was mended.
+        if let Err(failed) = self.commit() {
+            tracing::warn!(errno = failed.errno(), "the log cannot be put in place: nothing is sealed");
+            return left + mended.len();
+        }
+        for inode in mended {
             let state = inode.file.read().unwrap_or_else(PoisonError::into_inner);
             // Only what is all in place is covered by the flush that comes now.
             let changes = state.as_ref().map(|state| (state.changes(), state.pending().is_some()));
@@ -589,8 +602,10 @@ impl Filesystem {
         if !recovered(&inode.file.read().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(());
         }
+        self.room()?;
         let open = self.open(inode)?;
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
+        self.note_pending(inode);
         match guard.as_mut() {
             Some(state) => state.mend(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error)),
             None => Ok(()),
@@ -601,9 +616,12 @@ impl Filesystem {
     fn seal_file(&self, inode: Arc<Inode>, changes: u64, flushed: bool) -> Outcome<()> {
         let open = self.open(&inode)?;
         if !flushed {
-            self.flushed_in_place(storage::sync_data(open.fd.as_fd()))
+            let unnamed = inode.unnamed.load(Ordering::SeqCst);
+            let flush = if unnamed { storage::sync_fd } else { storage::sync_data };
+            self.flushed_in_place(flush(open.fd.as_fd()))
                 .inspect_err(|errno| inode.sync_failed.store(errno.raw_os_error(), Ordering::SeqCst))?;
         }
+        inode.unnamed.store(false, Ordering::SeqCst);
         let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
         let Some(state) = guard.as_mut() else { return Ok(()) };
         if state.changes() != changes {

@@ -6,10 +6,14 @@ use std::sync::atomic::Ordering;
 
 use super::core::{Filesystem, Outcome};
 use super::errno::Failed;
-use super::inode::{Inode, Kind};
-use crate::volume::file::FileState;
+use super::inode::{Inode, Kind, Open};
+use crate::volume::file::{FileState, ReadError};
+use crate::volume::log::Log;
 use crate::volume::storage;
 use crate::volume::{VolumeError, xattr};
+
+/// How often a change that the log has no space for is tried again: others may take what was made.
+const MAKE_ROOM: usize = 16;
 
 impl Filesystem {
     /// Reads into `out`; fewer bytes only at the end of the file.
@@ -31,22 +35,7 @@ impl Filesystem {
     /// The backing filesystem's; `EIO` where part of a damaged block would have to be kept.
     pub fn write(&self, ino: u64, offset: u64, data: &[u8], kill_privileges: bool) -> Outcome<()> {
         let inode = self.inode(ino)?;
-        self.room()?;
-        {
-            let (mut guard, open) = self.file_mut(&inode)?;
-            let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
-            if !open.writable {
-                return Err(Failed::raw(libc::EROFS));
-            }
-            let was_unsealed = state.unsealed();
-            self.note_pending(&inode);
-            let written = state.write(&self.volume, open.fd.as_fd(), offset, data);
-            inode.set_size(state.size());
-            if state.unsealed() {
-                self.changed(&inode, was_unsealed);
-            }
-            written.map_err(|error| self.failed(&inode, error))?;
-        }
+        self.change(&inode, |state, open| state.write(&self.volume, open.fd.as_fd(), offset, data))?;
         if kill_privileges {
             self.kill_privileges(&inode)?;
         }
@@ -62,7 +51,45 @@ impl Filesystem {
         if size == 0 && self.start_over_if_damaged(inode)? {
             return Ok(());
         }
+        self.change(inode, |state, open| state.resize(&self.volume, open.fd.as_fd(), size))
+    }
+
+    /// Does something to a file that may have to be logged; again, if the log found no space and could make some.
+    fn change(
+        &self,
+        inode: &Arc<Inode>,
+        change: impl Fn(&mut FileState, &Open) -> Result<(), ReadError>,
+    ) -> Outcome<()> {
         self.room()?;
+        let mut tries = MAKE_ROOM;
+        loop {
+            let generation = self.volume.log().map(Log::generation);
+            match self.change_once(inode, &change) {
+                Err(failed)
+                    if tries > 0
+                        && matches!(failed.errno(), libc::ENOSPC | libc::EDQUOT)
+                        && self.makes_room(generation) =>
+                {
+                    tries -= 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// After a change found no space, with this generation of the log: whether the log has some again. What is in it is put
+    /// in place, which needs none: it replaces what is there, or its place was reserved.
+    fn makes_room(&self, generation: Option<u64>) -> bool {
+        self.volume.log().is_some_and(|log| {
+            (log.is_short() && self.checkpoint().is_ok()) || generation.is_some_and(|then| log.generation() != then)
+        })
+    }
+
+    fn change_once(
+        &self,
+        inode: &Arc<Inode>,
+        change: impl Fn(&mut FileState, &Open) -> Result<(), ReadError>,
+    ) -> Outcome<()> {
         let (mut guard, open) = self.file_mut(inode)?;
         let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
         if !open.writable {
@@ -70,12 +97,12 @@ impl Filesystem {
         }
         let was_unsealed = state.unsealed();
         self.note_pending(inode);
-        let resized = state.resize(&self.volume, open.fd.as_fd(), size);
+        let changed = change(state, &open);
         inode.set_size(state.size());
         if state.unsealed() {
             self.changed(inode, was_unsealed);
         }
-        resized.map_err(|error| self.failed(inode, error))
+        changed.map_err(|error| self.failed(inode, error))
     }
 
     /// Replaces a file whose header is damaged, and of which the caller wants nothing, by an empty one. Says whether it did.
@@ -120,6 +147,8 @@ impl Filesystem {
 
     /// What is logged is on the medium once the log is; what is not logged once the file itself is.
     fn fsync_file(&self, inode: &Arc<Inode>, data_only: bool) -> Outcome<()> {
+        // The name of a new file is part of what is asked for.
+        let data_only = data_only && !inode.unnamed.load(Ordering::SeqCst);
         let mark = {
             let (mut guard, open) = self.file_mut(inode)?;
             let Some(state) = guard.as_mut() else { return Err(Failed::raw(libc::EIO)) };
@@ -149,6 +178,9 @@ impl Filesystem {
             errno => return Err(Failed::raw(errno)),
         }
         flushed?;
+        if !data_only {
+            inode.unnamed.store(false, Ordering::SeqCst);
+        }
         if let Some(mark) = mark {
             let settled = match self.file_mut(inode)?.0.as_mut() {
                 Some(state) => state.flushed(&self.volume, mark).map_err(|error| self.failed(inode, error))?,

@@ -90,6 +90,9 @@ pub struct Inode {
     pub sync_failed: AtomicI32,
     /// No name is left: nothing to seal, nothing to keep.
     pub removed: AtomicBool,
+    /// A new file whose name no flush has covered yet, as far as is known. It was given after the making, so fdatasync need
+    /// not bring it to the medium.
+    pub unnamed: AtomicBool,
 }
 
 impl Inode {
@@ -108,6 +111,7 @@ impl Inode {
             retained: AtomicBool::new(false),
             sync_failed: AtomicI32::new(0),
             removed: AtomicBool::new(false),
+            unnamed: AtomicBool::new(false),
         }
     }
 }

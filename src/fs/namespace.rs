@@ -228,6 +228,7 @@ impl Filesystem {
         };
         *inode.file.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Box::new(state));
         inode.set_size(0);
+        inode.unnamed.store(true, Ordering::SeqCst);
         *lock(&inode.open) = Some(Open { fd: Arc::new(fd), writable: true });
         self.fds.opened(&inode);
         self.changed(&inode, false);
@@ -424,7 +425,7 @@ impl Filesystem {
         drop(link);
         dir::unplace(dir, &cipher);
         if let Some(id) = tail {
-            link::remove_tail(self.volume.root().as_fd(), id);
+            link::drop_tail(self.volume.root().as_fd(), dir, id);
         }
         Ok(())
     }
@@ -537,7 +538,7 @@ impl Filesystem {
         drop((moved_link, other_link));
         dir::unplace(from_fd, &from);
         if let Some(id) = tail {
-            link::remove_tail(self.volume.root().as_fd(), id);
+            link::drop_tail(self.volume.root().as_fd(), to_fd, id);
         }
         Ok(())
     }

@@ -50,6 +50,8 @@ pub struct MountOptions {
     pub fsname: Option<String>,
     /// Worker threads.
     pub threads: Option<usize>,
+    /// For measuring only: no intent log, so that a crash can cost blocks.
+    pub no_log: bool,
 }
 
 impl Default for MountOptions {
@@ -65,6 +67,7 @@ impl Default for MountOptions {
             acl: false,
             fsname: None,
             threads: None,
+            no_log: false,
         }
     }
 }
@@ -128,7 +131,7 @@ impl Mounted {
     /// # Errors
     /// The system's; nothing stays mounted then.
     pub fn start(mut volume: Volume, mountpoint: &Path, options: &MountOptions) -> io::Result<Self> {
-        if !volume.read_only() {
+        if !volume.read_only() && !options.no_log {
             volume.begin_log().map_err(|error| io::Error::other(format!("no intent log: {error}")))?;
         }
         let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1 << 20);

@@ -118,6 +118,9 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     }
     remember(&pin, &mut warnings)?;
     warnings.extend(after_unclean_end(&volume)?);
+    if request.options.no_log {
+        warnings.push("there is no intent log (unsafe_no_log): a crash can make files unreadable".into());
+    }
 
     places::make_dir(&runtime).map_err(Error::io(format!("cannot use the runtime directory {}", runtime.display())))?;
     let record = Record::of_self(body.volume_id, body.label.clone(), backing_path.clone(), mountpoint.clone());
@@ -394,6 +397,7 @@ fn option_texts(options: &MountOptions) -> Vec<String> {
         word(options.acl, "acl", ""),
         options.fsname.as_ref().map(|name| format!("fsname={name}")),
         options.threads.map(|threads| format!("threads={threads}")),
+        word(options.no_log, "unsafe_no_log", ""),
     ];
     texts.into_iter().flatten().collect()
 }

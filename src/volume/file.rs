@@ -75,6 +75,8 @@ pub struct FileState {
     in_place_flushed: u64,
     /// Generation of the log with the last record that cuts: replayed, it would cut what was written in place after it.
     cut_in: Option<u64>,
+    /// A write failed, and what it left behind the end of the backing file could not be cut off yet.
+    leftovers: bool,
 }
 
 /// What an fsync has to flush, and where it began; see [`FileState::flushed`].
@@ -133,6 +135,7 @@ impl FileState {
             in_place: 1,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -150,6 +153,8 @@ impl FileState {
             return Err(VolumeError::Damaged(Damage::Extended));
         }
         let recovered = !mutable.sealed && size > mutable.floor;
+        // A daemon that was killed may have left what no flush covers.
+        let in_place = u64::from(!mutable.sealed);
         Ok(Self {
             header,
             mutable,
@@ -167,9 +172,10 @@ impl FileState {
             opened: false,
             overlay: Overlay::new(size),
             logged: 0,
-            in_place: 0,
+            in_place,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -308,20 +314,21 @@ impl FileState {
         index == self.size / BLOCK && !self.size.is_multiple_of(BLOCK)
     }
 
-    /// Whether an unclean end left something for [`mend`](Self::mend) to do.
+    /// Whether an unclean end or a failed write left something for [`mend`](Self::mend) to do.
     pub fn recovered(&self) -> bool {
-        self.recovered || self.newborn
+        self.recovered || self.newborn || self.leftovers
     }
 
     /// Before a file that an unclean end left unsealed is flushed and sealed: blocks above the floor that a crash tore
-    /// become the zeros that they read as, sealed like any others. If they are very many, they become holes.
+    /// become the zeros that they read as, sealed like any others: by way of the log. If they are very many, they become holes.
     ///
     /// # Errors
     /// [`Damage`] above the floor that no crash explains; the file cannot be sealed then.
     pub fn mend(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), ReadError> {
         // Before the flush that the seal needs: with the seal the attribute of its birth goes.
         self.be_born(volume, fd)?;
-        if !self.recovered || !self.overlay.is_empty() {
+        self.cut_leftovers(fd)?;
+        if !self.recovered || self.mended || !self.overlay.is_empty() {
             return Ok(());
         }
         let mut plain = Zeroizing::new([0; BLOCK as usize]);
@@ -353,7 +360,11 @@ impl FileState {
             }
             zeros |= filled == FILLED;
             filled = (filled + 1).min(FILLED);
-            if !(zeros && zero) {
+            if volume.log().is_some() && !zeros {
+                // In place, a crash in the middle of this could leave half of it over half of what was there.
+                self.open_for_changes(volume, fd, false, false)?;
+                self.log(volume, Change::Blocks { first: index, sealed })?;
+            } else if !(zeros && zero) {
                 storage::write_at(fd, &sealed, format::block_offset(index)).map_err(|(_, errno)| errno)?;
             }
         }

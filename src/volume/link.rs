@@ -75,11 +75,20 @@ fn make_tail(root: BorrowedFd<'_>, id: ObjectId, tail: &[Vec<u8>]) -> Result<(),
     for (piece, n) in tail.iter().zip(1..) {
         storage::symlink(storage::fd(&overflow), format!("{id}.{n}"), piece)?;
     }
-    Ok(())
+    // It lies in another directory than the symlink, which somebody may flush alone; and not every filesystem keeps the order
+    // between two directories. Targets that long are rare.
+    storage::sync_fd(storage::fd(&overflow))
 }
 
-/// Removes the tail of a long target once nothing refers to it. Best effort.
-pub fn remove_tail(root: BorrowedFd<'_>, id: ObjectId) {
+/// Removes the tail of a long target after the last name in `dir` that led to it. Best effort.
+pub fn drop_tail(root: BorrowedFd<'_>, dir: BorrowedFd<'_>, id: ObjectId) {
+    // As above, the other way round: a tail that stays too long does no harm.
+    if storage::sync_fd(dir).is_ok() {
+        remove_tail(root, id);
+    }
+}
+
+fn remove_tail(root: BorrowedFd<'_>, id: ObjectId) {
     let Ok(overflow) = storage::open_dir(root, OVERFLOW_DIR) else { return };
     for n in 1..=MAX_TAIL {
         let _ = storage::unlink(storage::fd(&overflow), format!("{id}.{n}"));

@@ -26,8 +26,8 @@ use crate::keyring::Keyring;
 pub const NAMES: [&str; 2] = ["lethefs.log.0", "lethefs.log.1"];
 /// When a file is full, in bytes. Bounds memory, too: what is logged and not yet in its place is kept there.
 pub const FULL: u64 = 32 << 20;
-/// Bytes that a file has from the beginning.
-const RESERVED: u64 = 1 << 20;
+/// Bytes that a file has from the beginning: more than the largest record.
+const RESERVED: u64 = 5 << 18;
 /// Bytes before the first record.
 const HEADER: usize = 512;
 const MAGIC: &[u8; 8] = b"LETHELOG";
@@ -45,6 +45,8 @@ struct Inner {
     buffer: Vec<u8>,
     next: u64,
     flushing: bool,
+    /// There was no space for a record behind those that are there.
+    short: bool,
     /// A flush failed: what is on the medium is not known any more.
     failed: Option<Errno>,
 }
@@ -89,6 +91,7 @@ impl Log {
             buffer: Vec::new(),
             next: next + 1,
             flushing: false,
+            short: false,
             failed: None,
         };
         Ok(Self {
@@ -160,7 +163,10 @@ impl Log {
             record::encode(cipher, &nonce, numbers, subject, change, buffer);
         })?;
         // A record that fails is overwritten by the next one.
-        storage::write_at(file.as_fd(), buffer, *at).map_err(|(_, errno)| errno)?;
+        if let Err((_, errno)) = storage::write_at(file.as_fd(), buffer, *at) {
+            inner.short |= matches!(errno, Errno::NOSPC | Errno::DQUOT) && inner.at > HEADER as u64;
+            return Err(errno.into());
+        }
         *at += buffer.len() as u64;
         *next += 1;
         Ok((sequence, generation))
@@ -236,6 +242,12 @@ impl Log {
         inner.at >= self.full
     }
 
+    /// Whether a [`switch`](Self::switch) gives room that the backing filesystem does not: the active file could not grow, and
+    /// the other has what it had from the beginning.
+    pub fn is_short(&self) -> bool {
+        self.lock().short
+    }
+
     /// The generation of the active file.
     pub fn generation(&self) -> u64 {
         self.lock().generation
@@ -284,6 +296,7 @@ impl Log {
         inner.generation = generation;
         inner.next = generation + 1;
         inner.at = HEADER as u64;
+        inner.short = false;
         self.flushed_more.notify_all();
         Ok(last)
     }
@@ -317,6 +330,8 @@ pub fn remove(root: BorrowedFd<'_>) -> Result<(), Errno> {
     for name in NAMES {
         match storage::unlink(root, name) {
             Ok(()) | Err(Errno::NOENT) => {}
+            // Said before anybody looks whether there is one.
+            Err(Errno::ROFS) if storage::stat(root, name).is_err_and(|errno| errno == Errno::NOENT) => {}
             // A directory that somebody planted: out of the way, and there to be looked at.
             Err(Errno::ISDIR | Errno::PERM) => {
                 let aside = format::temporary_name().map_err(|_| Errno::IO)?;

@@ -49,6 +49,9 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
     if found.lost > 0 {
         volume.report(Damage::Log, 0, None, Victim::default);
     }
+    // A daemon that was killed has left records that no flush covers. What they say is done in place below, and a power cut
+    // in the middle of that would leave half of it and nothing to mend it with.
+    storage::sync_filesystem(root)?;
     let mut by_object: HashMap<ObjectId, Vec<Record>> = HashMap::new();
     for record in found.records {
         by_object.entry(record.subject.object).or_default().push(record);

@@ -1,40 +1,75 @@
 //! A volume for unit tests: a backing directory of its own, and a KEK that nobody keeps.
 
+use std::cell::RefCell;
 use std::path::Path;
 
-use super::Volume;
 use super::meta::{Body, Extra, KekRecord, KeyState, Scope};
+use super::{Volume, VolumeError};
 use crate::crypto::{Key32, ObjectId, VolumeId};
 use crate::keyring::Keyring;
 
+/// What opens a volume again.
+pub(crate) struct Vault {
+    kek: Key32,
+    /// Rings that are not in use: key memory is dear to make.
+    rings: RefCell<Vec<Keyring>>,
+}
+
+impl Vault {
+    pub(crate) fn new() -> Self {
+        Self { kek: Key32::random().unwrap(), rings: RefCell::default() }
+    }
+
+    fn keys(&self) -> Keyring {
+        self.rings.borrow_mut().pop().unwrap_or_else(|| {
+            let keys = Keyring::new(VolumeId([1; 16])).unwrap();
+            keys.admit(0, 1, &self.kek, true).unwrap();
+            keys
+        })
+    }
+
+    /// Takes the keys of a volume back that ended, however it did.
+    pub(crate) fn close(&self, volume: Volume) {
+        self.rings.borrow_mut().push(volume.into_keys_for_tests());
+    }
+
+    /// Makes an empty directory a volume.
+    pub(crate) fn create(&self, dir: &Path) {
+        let fd = std::fs::File::open(dir).unwrap();
+        Volume::create_root(&fd, &self.keys(), ObjectId([2; 16])).unwrap();
+    }
+
+    /// Opens the volume that is there.
+    pub(crate) fn open(&self, dir: &Path) -> Result<Volume, VolumeError> {
+        let kek = KekRecord {
+            version: 1,
+            state: KeyState::Active,
+            created: String::new(),
+            commitment: String::new(),
+            slots: Vec::new(),
+            extra: Extra::new(),
+        };
+        let body = Body {
+            magic: "lethefs".into(),
+            format: 1,
+            volume_id: VolumeId([1; 16]),
+            label: String::new(),
+            created: String::new(),
+            generation: 1,
+            incompat: Vec::new(),
+            compat: Vec::new(),
+            root_id: ObjectId([2; 16]),
+            scopes: vec![Scope { id: 0, current: 1, keks: vec![kek], extra: Extra::new() }],
+            extra: Extra::new(),
+        };
+        let fd = std::fs::File::open(dir).unwrap();
+        Volume::open(fd.into(), Path::new("/"), &body, self.keys(), false)
+    }
+}
+
 /// A new volume in an empty directory.
 pub(crate) fn volume(dir: &Path) -> Volume {
-    let id = VolumeId([1; 16]);
-    let keys = Keyring::new(id).unwrap();
-    keys.admit(0, 1, &Key32::random().unwrap(), true).unwrap();
-    let root = ObjectId([2; 16]);
-    let fd = std::fs::File::open(dir).unwrap();
-    Volume::create_root(&fd, &keys, root).unwrap();
-    let kek = KekRecord {
-        version: 1,
-        state: KeyState::Active,
-        created: String::new(),
-        commitment: String::new(),
-        slots: Vec::new(),
-        extra: Extra::new(),
-    };
-    let body = Body {
-        magic: "lethefs".into(),
-        format: 1,
-        volume_id: id,
-        label: String::new(),
-        created: String::new(),
-        generation: 1,
-        incompat: Vec::new(),
-        compat: Vec::new(),
-        root_id: root,
-        scopes: vec![Scope { id: 0, current: 1, keks: vec![kek], extra: Extra::new() }],
-        extra: Extra::new(),
-    };
-    Volume::open(fd.into(), Path::new("/"), &body, keys, false).unwrap()
+    let vault = Vault::new();
+    vault.create(dir);
+    vault.open(dir).unwrap()
 }

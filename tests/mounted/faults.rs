@@ -11,14 +11,14 @@ use crate::support::volume::{Output, TestVolume};
 use crate::{bytes, errno, names};
 
 /// A volume on a store that fails when told to.
-struct OnFaulty {
-    v: TestVolume,
+pub(crate) struct OnFaulty {
+    pub(crate) v: TestVolume,
     // Dropped after the volume: the daemon must be gone first.
-    store: Faulty,
+    pub(crate) store: Faulty,
 }
 
 impl OnFaulty {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let v = TestVolume::new();
         for name in ["store", "backing"] {
             fs::create_dir(v.path(name)).unwrap();
@@ -284,4 +284,80 @@ fn after_a_failed_flush_the_log_is_kept_and_replayed() {
     assert_eq!(fs::read(v.at("file")).unwrap(), expected);
     v.umount();
     assert!(!v.backing().join("lethefs.log.0").exists());
+}
+
+/// A write fails half-way, and so does cutting off what it left: that must not become part of the file.
+#[test]
+fn what_a_failed_write_leaves_stays_outside() {
+    for grow in [true, false] {
+        let on = OnFaulty::new();
+        let v = &on.v;
+        let file = File::create_new(v.at("file")).unwrap();
+        file.write_all_at(&bytes(8192, 1), 0).unwrap();
+        file.sync_all().unwrap();
+        let ino = on.ino("file");
+        let mut short = true;
+        on.store.rule(move |call| match call.op {
+            Op::Write if call.ino == ino && call.offset > 8192 => {
+                if std::mem::take(&mut short) {
+                    Fate::Short(5000)
+                } else {
+                    Fate::Fail(libc::EDQUOT)
+                }
+            }
+            Op::Truncate if call.ino == ino => Fate::Fail(libc::EDQUOT),
+            _ => Fate::Pass,
+        });
+        file.write_all_at(&bytes(16_384, 2), 8192).unwrap();
+        assert_eq!(errno(file.sync_all()), libc::EDQUOT);
+        on.store.heal();
+        let mut expected = bytes(8192, 1);
+        if grow {
+            // Over it, with a hole; the kernel believes that there is something, until it forgets.
+            fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+            file.write_all_at(b"far", 100_000).unwrap();
+            file.sync_all().unwrap();
+            expected.resize(100_000, 0);
+            expected.extend(b"far");
+        }
+        drop(file);
+        v.remount(&[]);
+        assert!(fs::read(v.at("file")).unwrap() == expected, "grown: {grow}");
+        v.umount();
+    }
+}
+
+/// An append that a kill -9 or a power cut tore in the middle of a block, at a border of a sector or a page.
+#[test]
+fn a_torn_append_reads_as_what_was_there_before_and_zeros() {
+    let v = TestVolume::mounted(&[]);
+    fs::create_dir(v.at("d")).unwrap();
+    // Where sectors end: the block begins at 12,884.
+    let cuts: Vec<u64> = (1..).map(|n| n * 512 - 12_884 % 512).take_while(|cut| *cut < 4124).collect();
+    assert!(cuts.len() == 8 && cuts.iter().any(|cut| (12_884 + cut) % 4096 == 0));
+    for cut in cuts.iter().copied() {
+        let file = File::create(v.at(format!("d/{cut}"))).unwrap();
+        file.write_all_at(&bytes(8192, cut), 0).unwrap();
+        file.sync_all().unwrap();
+        file.write_all_at(&bytes(8192, 2), 8192).unwrap();
+        rustix::fs::syncfs(&file).unwrap();
+    }
+    let inos: Vec<u64> = cuts.iter().map(|cut| fs::metadata(v.at(format!("d/{cut}"))).unwrap().ino()).collect();
+    v.crash();
+    let dirs = fs::read_dir(v.backing()).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    let files: Vec<_> = dirs.flat_map(|dir| fs::read_dir(dir).unwrap()).map(|entry| entry.unwrap()).collect();
+    for (cut, ino) in cuts.iter().zip(inos) {
+        let path = files.iter().find(|file| file.metadata().unwrap().ino() == ino).unwrap().path();
+        let file = File::options().write(true).open(path).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 512 + 4 * 4124);
+        file.set_len(512 + 3 * 4124 + cut).unwrap();
+    }
+    v.mount(&[]);
+    for cut in cuts.iter().copied() {
+        let now = fs::read(v.at(format!("d/{cut}"))).unwrap_or_else(|error| panic!("{cut}: {error}"));
+        assert!(now.len() >= 12_288 && now.len() < 16_384, "{cut}: {}", now.len());
+        assert!(now[..8192] == bytes(8192, cut) && now[8192..12_288] == bytes(8192, 2)[..4096]);
+        assert!(now[12_288..].iter().all(|byte| *byte == 0), "{cut}");
+    }
+    v.umount();
 }

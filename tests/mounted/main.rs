@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod differential;
+mod each_call;
 mod faults;
+mod full;
 mod parallel;
 mod persistence;
 mod posix;

@@ -1,6 +1,8 @@
 //! What several test binaries share. Each uses a part of it.
 #![allow(dead_code)]
 
+pub(crate) mod disk;
 pub(crate) mod faulty;
 pub(crate) mod openbao;
 pub(crate) mod volume;
+pub(crate) mod writers;

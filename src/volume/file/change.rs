@@ -15,6 +15,7 @@ impl FileState {
         let end = offset.checked_add(data.len() as u64).filter(|end| *end <= format::MAX_SIZE);
         let end = end.ok_or(VolumeError::TooLarge)?;
         self.be_born(volume, fd)?;
+        self.cut_leftovers(fd)?;
         // Whole blocks between are holes; what the write's own first block holds before it is zeros, and written with it.
         let start = offset / BLOCK * BLOCK;
         if start > self.size {
@@ -126,9 +127,8 @@ impl FileState {
     }
 
     /// After a write that failed once `done` bytes were out: leaves no block half old, half new.
-    fn put_back(&self, volume: &Volume, fd: BorrowedFd<'_>, range: BlockRange, done: usize, kept: &[OldBlock]) {
+    fn put_back(&mut self, volume: &Volume, fd: BorrowedFd<'_>, range: BlockRange, done: usize, kept: &[OldBlock]) {
         let torn = range.first + done as u64 / SEALED_BLOCK;
-        let old_len = format::backing_len(self.size);
         for old in kept.iter().filter(|old| old.index >= torn || self.size < (old.index + 1) * BLOCK) {
             if storage::write_at(fd, &old.sealed, format::block_offset(old.index)).is_err() {
                 volume.report(Damage::Block, self.ino, Some(old.index), || crate::volume::events::Victim {
@@ -144,9 +144,25 @@ impl FileState {
             let zeros = vec![0; partly as usize];
             let _ = storage::write_at(fd, &zeros, format::block_offset(torn));
         }
-        if backing_len_of(fd).is_ok_and(|len| len > old_len) {
-            let _ = storage::set_len(fd, old_len);
+        self.leftovers = true;
+        let _ = self.cut_leftovers(fd);
+    }
+
+    /// Cuts off what a failed write left behind the end of the backing file: it must not become part of the file when that
+    /// grows, nor be there when the size is vouched for. Over a quota btrfs refuses even that.
+    ///
+    /// # Errors
+    /// The backing filesystem's.
+    pub(super) fn cut_leftovers(&mut self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        // Only writes in place leave any: the overlay is empty then, and stays so until they are gone.
+        if self.leftovers {
+            let len = format::backing_len(self.size);
+            if backing_len_of(fd)? > len {
+                storage::set_len(fd, len)?;
+            }
+            self.leftovers = false;
         }
+        Ok(())
     }
 
     /// Changes the size.
@@ -158,6 +174,7 @@ impl FileState {
             return Err(VolumeError::TooLarge.into());
         }
         self.be_born(volume, fd)?;
+        self.cut_leftovers(fd)?;
         match size.cmp(&self.size) {
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(volume, fd, size),

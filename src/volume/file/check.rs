@@ -139,6 +139,7 @@ impl FileState {
             in_place: 0,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 
@@ -222,6 +223,7 @@ impl FileState {
             in_place: 0,
             in_place_flushed: 0,
             cut_in: None,
+            leftovers: false,
         })
     }
 }

@@ -182,6 +182,10 @@ impl FileState {
         if !self.overlay.is_empty() || self.newborn || (self.recovered && !self.mended) {
             return Err(Errno::BUSY.into());
         }
+        if self.leftovers {
+            // To be cut off, and that flushed, before the size is vouched for.
+            return Err(Errno::BUSY.into());
+        }
         if self.cut_in.is_some() && volume.log().is_some() {
             // Replayed, the cut would take what was flushed after it, should this header not get there. Whoever asks for a
             // flush next waits for this record.
