@@ -616,14 +616,18 @@ def unclean(made: Made) -> None:
 
 @fault
 def log(made: Made) -> None:
-    """A record in the middle, which was on the medium, is damaged. What it was about is in place already; the others count."""
+    """A record in the middle, which was on the medium, is damaged: the others still count, and the loss is told."""
+    before = made.find("size-12293").read_bytes()
     crash(made)
+    made.is_file("size-12293", data(12_293, "size-12293"))
     path = made.backing / "lethefs.log.0"
     raw = path.read_bytes()
     records = [at for at in range(512, len(raw), 512) if raw[at:at + 8] == b"LETHEREC"]
     assert len(records) > 4
+    # The first is the header that opened the file, the second its block, which is not in place yet.
+    assert made.find("size-12293").read_bytes()[HEADER:] == before[HEADER:]
     made.flip(path, records[1] + 60)
-    made.findings = ["log"]
+    made.findings = ["log", "unclean"]
 
 
 @fault
