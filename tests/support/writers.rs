@@ -505,7 +505,7 @@ impl Writer for Directories {
         let to = self.root.join(name_of("d", n));
         let made = if self.over { self.root.join(self.from()) } else { to.clone() };
         fs::create_dir(&made)?;
-        let name = if n % 3 == 0 { "f".repeat(200) } else { "file".into() };
+        let name = if n.is_multiple_of(3) { "f".repeat(200) } else { "file".into() };
         let mut file = File::create(made.join(&name))?;
         file.write_all(&version(n))?;
         file.sync_all()?;
