@@ -5,6 +5,7 @@
 //! - `LETHEFS_SIM_WORKLOADS`: random workloads for each test; `LETHEFS_SIM_STATES`: states for each cut;
 //! - `LETHEFS_SIM_SEED`: runs only the workload with this seed.
 
+mod directed;
 mod model;
 mod random;
 mod session;
@@ -267,6 +268,27 @@ fn a_rename_without_what_was_done_before_it_would_lose_new_objects() {
         let found = cut_everywhere(std::slice::from_ref(&step), Plan { setup, seed: 1, states: 30, order });
         assert!(found.is_err_and(|what| what.contains("fails with 5")), "{step:?}");
     }
+}
+
+/// Workloads that were thought of, and those that found something.
+#[test]
+fn directed_workloads_survive_every_cut() {
+    let mut all = Figures::default();
+    let mut violations = Vec::new();
+    for (name, steps) in directed::workloads() {
+        for (seed, full) in [(1, 2048), (2, 32 << 20)] {
+            let setup = Setup { logged: true, full };
+            match cut_everywhere(
+                &steps,
+                Plan { setup, seed, states: number("LETHEFS_SIM_STATES").unwrap_or(4), order: Order::Journal },
+            ) {
+                Ok(figures) => all += figures,
+                Err(what) => violations.push(format!("{name}, full at {full}: {what}\n{steps:?}")),
+            }
+        }
+    }
+    println!("{all:?}, {} violations", violations.len());
+    none(&violations);
 }
 
 /// The same workloads and cuts without the intent log: what the log is for. If this finds nothing, the others could not
