@@ -337,8 +337,9 @@ fn torn(index: u64, stored: &[u8], complete: bool) -> bool {
     let (head, rest) = stored.split_at(first.min(stored.len()));
     // The size follows from the backing length: where growth got no further than to a page's border, what is there of the
     // block looks like a short one.
-    let ends_with_a_page = (stored.len() as u64) < SEALED_BLOCK && rest.len().is_multiple_of(SECTOR);
-    !complete || ends_with_a_page || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
+    let ends = format::block_offset(index) + stored.len() as u64;
+    let cut_short = (stored.len() as u64) < SEALED_BLOCK && ends.is_multiple_of(SECTOR as u64);
+    !complete || cut_short || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
 }
 
 /// A failure and, for damage, the block it was found in.
