@@ -8,6 +8,18 @@ use super::{Volume, VolumeError};
 use crate::crypto::{Key32, ObjectId, VolumeId};
 use crate::keyring::Keyring;
 
+/// A directory of its own; in memory, if there is such a filesystem: tests that flush it thousands of times must not wait
+/// for other people's data.
+pub(crate) fn directory() -> tempfile::TempDir {
+    // scripts/test knows by the name what a test that it ended has left.
+    let run = std::env::var("LETHEFS_TEST_RUN").unwrap_or_default();
+    let run = Path::new(&run).file_name().unwrap_or("lethefs-test".as_ref());
+    let mut prefix = run.to_owned();
+    prefix.push(".");
+    let made = tempfile::Builder::new().prefix(&prefix).tempdir_in("/dev/shm");
+    made.or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// What opens a volume again.
 pub(crate) struct Vault {
     kek: Key32,

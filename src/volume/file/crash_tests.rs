@@ -7,6 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::volume::testing::directory;
 use crate::volume::{log, replay};
 
 fn copy(from: &Path, to: &Path) {
@@ -34,7 +35,7 @@ impl Fixture {
     }
 
     fn with(logged: bool) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let mut volume = crate::volume::testing::volume(dir.path());
         if logged {
             volume.begin_log().unwrap();
@@ -228,7 +229,7 @@ fn a_replay_can_be_repeated_from_any_point() {
     f.state.write(&f.volume, f.fd.as_fd(), 12_000, &[0xbb; 3000]).unwrap();
     f.fsync();
     let expected = f.contents();
-    let kept = tempfile::tempdir().unwrap();
+    let kept = directory();
     copy(f.dir.path(), kept.path());
     // The log of the moment of the crash, put back after a replay: done again, it says the same.
     assert_eq!(f.die().files, 1);
