@@ -73,7 +73,17 @@ impl Fixture {
         self.log().flush(end).unwrap();
         self.apply(end);
         self.state.mend(&self.volume, self.fd.as_fd()).unwrap();
+        self.commit();
         self.state.seal(&self.volume, self.fd.as_fd()).unwrap();
+    }
+
+    /// Everything that is logged goes to the medium, and in place.
+    fn commit(&mut self) {
+        if let Some(log) = self.volume.log() {
+            let end = log.end();
+            log.flush(end).unwrap();
+            self.apply(end);
+        }
     }
 
     /// Makes room in the log (fs/core.rs).
@@ -404,6 +414,7 @@ fn cut_after_each_step(ops: &[Op], seed: u64, logged: bool) -> Result<(), String
         cut(&mut f, &mut medium, &mut states).map_err(|found| format!("after step {end}: {found}"))?;
         // And what is sealed after it reads the same.
         f.state.mend(&f.volume, f.fd.as_fd()).map_err(|error| format!("{error:?}"))?;
+        f.commit();
         f.state.seal(&f.volume, f.fd.as_fd()).map_err(|error| error.to_string())?;
         f.state = FileState::load(&f.volume, f.fd.as_fd()).map_err(|error| error.to_string())?;
         if f.try_contents()? != states[0] {
@@ -459,6 +470,8 @@ fn step(f: &mut Fixture, medium: &mut Medium, states: &mut Vec<Vec<u8>>, op: &Op
             }
             medium.look(f);
             f.state.mend(&f.volume, f.fd.as_fd()).unwrap();
+            f.commit();
+            medium.look(f);
             medium.flush_file(f);
             f.state.seal(&f.volume, f.fd.as_fd()).unwrap();
             if let Some(log) = f.volume.log() {
