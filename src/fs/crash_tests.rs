@@ -8,6 +8,7 @@
 mod directed;
 mod model;
 mod random;
+mod repaired;
 mod session;
 
 use model::{End, Found, Model, empty, look};
