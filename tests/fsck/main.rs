@@ -2,6 +2,7 @@
 //! read is lost, and a live volume is checked as it is.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod deputy;
 mod live;
 mod repair;
 #[path = "../support/mod.rs"]
