@@ -4,6 +4,7 @@
 mod differential;
 mod each_call;
 mod faults;
+mod flushes;
 mod full;
 mod parallel;
 mod persistence;

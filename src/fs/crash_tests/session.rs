@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Mutex;
 
 use super::model::{Found, Model, Node, Snap, State, Thing, Tree, What, look, names};
 use crate::fs::core::Filesystem;
@@ -11,7 +12,7 @@ use crate::fs::inode::ROOT;
 use crate::volume::storage::RenameFlags;
 use crate::volume::storage::recorder;
 use crate::volume::testing::Vault;
-use crate::volume::{VolumeError, replay};
+use crate::volume::{Volume, VolumeError, check, replay};
 
 /// One step of a workload. Paths are of components `a`, or `A` for a name of 210 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +58,7 @@ pub(super) struct Setup {
 /// What a mount does (service/mount.rs, fs/session.rs).
 pub(super) fn mount(vault: &Vault, dir: &Path, setup: Setup) -> Result<Filesystem, String> {
     let mut volume = vault.open(dir).map_err(|error| format!("no mount: {error}"))?;
+    fsck(&volume, "before the mount")?;
     let done = replay::replay(&volume).map_err(|error: VolumeError| format!("no replay: {error}"))?;
     if done.lost > 0 {
         return Err(format!("{} records are taken for lost", done.lost));
@@ -64,9 +66,24 @@ pub(super) fn mount(vault: &Vault, dir: &Path, setup: Setup) -> Result<Filesyste
     if setup.logged {
         volume.begin_log_for_tests(setup.full).map_err(|error| format!("no log: {error}"))?;
     }
+    fsck(&volume, "after the replay")?;
     let fs = Filesystem::new(volume, 64, false);
     fs.clean(ROOT).map_err(|failed| format!("cleaning fails with {}", failed.errno()))?;
     Ok(fs)
+}
+
+/// Whatever a crash left is clean, to begin with and after each step of the recovery.
+fn fsck(volume: &Volume, when: &str) -> Result<(), String> {
+    let found = Mutex::new(Vec::new());
+    let request = check::Request { live: None, names: false, threads: 1, progress: &check::Progress::default() };
+    check::check(volume, &request, &|finding| {
+        if !finding.fault.is_note() {
+            found.lock().unwrap().push(format!("{:?} at {:?} ({:?})", finding.fault, finding.place, finding.detail));
+        }
+    })
+    .map_err(|error| format!("{when}: no check: {error}"))?;
+    let found = found.into_inner().unwrap();
+    if found.is_empty() { Ok(()) } else { Err(format!("{when} fsck finds {found:?}")) }
 }
 
 /// Drops all that a mount has in memory, but for its keys.

@@ -156,7 +156,8 @@ impl FileState {
         mut bad: impl FnMut(u64, Damage),
     ) -> Result<Option<u64>, VolumeError> {
         let end = self.size.div_ceil(BLOCK).min(first.saturating_add(BLOCKS_AT_ONCE));
-        let mut plain = Zeroizing::new(vec![0; (BLOCKS_AT_ONCE * BLOCK) as usize]);
+        // No larger than need be: most files are small, and wiping it takes its time.
+        let mut plain = Zeroizing::new(vec![0; (end.saturating_sub(first) * BLOCK) as usize]);
         let mut at = first;
         while at < end {
             let wanted = ((end - at) * BLOCK) as usize;
