@@ -25,7 +25,8 @@ use crate::crypto::{Key32, NONCE_LEN, ObjectId, TAG_LEN, VolumeId, random};
 /// Shards of the arena: a wipe or a load waits only for the closures of one.
 const SHARDS: usize = 16;
 /// Bytes of arena per shard: 8,192 objects' keys in all, 1 MiB.
-const SHARD_BYTES: usize = 64 << 10;
+/// (Unit tests make thousands of rings, and such memory costs the kernel a page at a time.)
+const SHARD_BYTES: usize = if cfg!(test) { 4096 } else { 64 << 10 };
 /// What is tried when the limit on locked memory is small: with the KEKs' page this stays below 64 KiB, the limit of old systems.
 const SMALL: (usize, usize) = (8, 4096);
 /// Bytes of a header that the wrapping authenticates (docs/FORMAT.md section 5).

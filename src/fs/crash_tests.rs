@@ -5,18 +5,18 @@
 //! - `LETHEFS_SIM_WORKLOADS`: random workloads for each test; `LETHEFS_SIM_STATES`: states for each cut;
 //! - `LETHEFS_SIM_SEED`: runs only the workload with this seed.
 
+mod directed;
 mod model;
 mod random;
+mod repaired;
 mod session;
-
-use std::path::PathBuf;
 
 use model::{End, Found, Model, empty, look};
 use session::{Do, Session, Setup, kill, mount, unmount};
 
 use crate::volume::storage::medium::{Choice, Dice, History, Image, Order};
 use crate::volume::storage::recorder;
-use crate::volume::testing::Vault;
+use crate::volume::testing::{Vault, directory};
 
 /// What was tried.
 #[derive(Clone, Copy, Default, Debug)]
@@ -52,14 +52,6 @@ struct Plan {
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
-}
-
-/// A directory in memory, if there is such a filesystem.
-fn directory() -> tempfile::TempDir {
-    let run = std::env::var("LETHEFS_TEST_RUN").unwrap_or_default();
-    let prefix = format!("{}.", PathBuf::from(run).file_name().map_or("lethefs-sim".into(), |n| n.to_string_lossy()));
-    let made = tempfile::Builder::new().prefix(&prefix).tempdir_in("/dev/shm");
-    made.or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// Runs a workload, cuts it after every change, and holds what is left against the model.
@@ -268,6 +260,32 @@ fn a_rename_without_what_was_done_before_it_would_lose_new_objects() {
         let lost = |what: String| what.contains("Header at");
         assert!(found.is_err_and(lost), "{step:?}");
     }
+}
+
+/// Workloads that were thought of, and those that found something.
+fn directed_workloads(full: u64) {
+    let mut all = Figures::default();
+    let mut violations = Vec::new();
+    let states = number("LETHEFS_SIM_STATES").unwrap_or(4);
+    for (name, steps) in directed::workloads() {
+        let plan = Plan { setup: Setup { logged: true, full }, seed: full, states, order: Order::Journal };
+        match cut_everywhere(&steps, plan) {
+            Ok(figures) => all += figures,
+            Err(what) => violations.push(format!("{name}: {what}\n{steps:?}")),
+        }
+    }
+    println!("{all:?}, {} violations", violations.len());
+    none(&violations);
+}
+
+#[test]
+fn directed_workloads_survive_every_cut() {
+    directed_workloads(32 << 20);
+}
+
+#[test]
+fn directed_workloads_survive_every_cut_with_a_log_that_is_soon_full() {
+    directed_workloads(2048);
 }
 
 /// The same workloads and cuts without the intent log: what the log is for. If this finds nothing, the others could not

@@ -136,8 +136,13 @@ pub fn check(volume: &Volume, request: &Request<'_>, found: &(dyn Fn(Finding) + 
         findings.into_iter().for_each(found);
     }
     // Our own: in a live mount the others are for its users.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(request.threads).build();
-    let pool = pool.map_err(|_| VolumeError::Backing(Errno::AGAIN))?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(request.threads);
+    #[cfg(test)]
+    let pool = {
+        let numbers = storage::recorder::numbers();
+        pool.start_handler(move |_| numbers.iter().cloned().for_each(storage::recorder::simulate))
+    };
+    let pool = pool.build().map_err(|_| VolumeError::Backing(Errno::AGAIN))?;
     let root = Arc::new(Place { parent: None, name: Vec::new(), plain: None });
     let fd = Arc::new(storage::reopen(volume.root().as_fd(), false)?);
     let shared = &check;

@@ -244,6 +244,11 @@ fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64,
         }
         let mut now = at_first;
         for record in &todo {
+            // With a header that opens the file anew, the records before it are no more about this file. Should the replay
+            // itself be cut short, nobody will do again what they say: it must be on the medium by then.
+            if now.opened != record.subject.opened {
+                storage::sync_data(fd)?;
+            }
             // Whatever is done next, the header must allow it: the record that opened the file may be lost.
             if !matches!(record.change, Change::Header(_)) && (now.sealed || now.opened != record.subject.opened) {
                 let next = Mutable { sealed: false, opened: record.subject.opened, ..now };

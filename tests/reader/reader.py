@@ -118,9 +118,7 @@ def attribute(fd: int, name: str) -> bytes:
 
 
 def torn(start: int, stored: bytes) -> bool:
-    """Section 7: all that lies in one sector of the backing file is zero, or the file ends where a page does."""
-    if len(stored) < STORED and (start + len(stored)) % 512 == 0:
-        return True
+    """Section 7: all that lies in one sector of the backing file is zero."""
     edges = [0, *range(512 - start % 512, len(stored), 512), len(stored)]
     return any(not any(stored[a:b]) for a, b in zip(edges, edges[1:]) if b > a)
 

@@ -116,8 +116,13 @@ impl Model {
 
     /// What was done to an object and to the entries of a directory is on the medium from now on. `made`: only the making.
     pub(super) fn settled(&mut self, now: usize, node: Node, made: bool) {
-        let about = |snap: &Snap| snap.objects.contains(&node) || (!made && snap.dirs.contains(&node));
-        let found = if made { self.snaps.iter().position(about) } else { self.snaps.iter().rposition(about) };
+        let about = |snap: &Snap| snap.objects.contains(&node) || snap.dirs.contains(&node);
+        let found = if made {
+            let new = |pair: &[Snap]| !pair[0].tree.contains_key(&node) && pair[1].tree.contains_key(&node);
+            self.snaps.windows(2).position(new).map(|before| before + 1)
+        } else {
+            self.snaps.iter().rposition(about)
+        };
         let bounds = |at: usize| self.snaps[at].dirs.iter().map(move |dir| (now, *dir, at));
         let entries: Vec<_> = found.into_iter().flat_map(|at| bounds(at).chain([(now, node, at)])).collect();
         // What leads to it is there, too.
@@ -204,8 +209,8 @@ fn possible(states: &[State], now: &[u8], zeros: bool) -> Result<(), String> {
             let held = state.bytes.get(at..end).unwrap_or(&[]);
             part[..held.len()] == *held && is_zero(&part[held.len()..])
         };
-        let never_written = zeros && at >= least && is_zero(part);
-        if !never_written && !states.iter().any(as_in) {
+        let never_there = zeros && at >= least && is_zero(part);
+        if !(never_there || states.iter().any(as_in)) {
             let what = if is_zero(part) { "lost" } else { "never so" };
             return Err(format!("the block at {at} of {} was {what}; sizes were {sizes:?}", now.len()));
         }

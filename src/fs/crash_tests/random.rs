@@ -9,11 +9,11 @@ pub(super) fn workload(seed: u64) -> (Vec<Do>, Setup) {
     let full = [2048, 16 << 10, 64 << 10, 32 << 20][dice.below(4) as usize];
     let mut steps = Vec::new();
     let mut world = World { paths: Vec::new(), dice };
-    let len = 4 + world.dice.below(14);
     // Every other one is mostly about names, the rest mostly about contents.
     let contents = world.dice.one_in(2);
+    let len = 6 + world.dice.below(16);
     while (steps.len() as u64) < len {
-        if contents && !world.paths.is_empty() && !world.dice.one_in(5) {
+        if contents && !world.dice.one_in(8) {
             world.contents(&mut steps);
         } else {
             world.step(&mut steps);
@@ -153,14 +153,14 @@ impl World {
     /// A step with a file's contents.
     fn contents(&mut self, steps: &mut Vec<Do>) {
         let Some(file) = self.any(&[Kind::File]) else { return self.make(steps) };
-        steps.push(match self.dice.below(16) {
-            0..=6 => Do::Write(file, self.place(), self.len()),
-            7 | 8 => Do::Resize(file, self.place()),
-            9 | 10 => Do::Fsync(file),
-            11 => Do::Fdatasync(file),
-            12 => Do::Commit,
-            13 => Do::Checkpoint,
-            14 => Do::Seal,
+        steps.push(match self.dice.below(20) {
+            0..=8 => Do::Write(file, self.place(), self.len()),
+            9 | 10 => Do::Resize(file, self.place()),
+            11..=13 => Do::Fsync(file),
+            14 | 15 => Do::Fdatasync(file),
+            16 => Do::Commit,
+            17 => Do::Checkpoint,
+            18 => Do::Seal,
             _ => [Do::Forget, Do::Remount, Do::Die, Do::Cut][self.dice.below(4) as usize].clone(),
         });
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::volume::testing::directory;
 use crate::volume::{log, replay};
 
 fn copy(from: &Path, to: &Path) {
@@ -34,7 +35,7 @@ impl Fixture {
     }
 
     fn with(logged: bool) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = directory();
         let mut volume = crate::volume::testing::volume(dir.path());
         if logged {
             volume.begin_log().unwrap();
@@ -72,7 +73,17 @@ impl Fixture {
         self.log().flush(end).unwrap();
         self.apply(end);
         self.state.mend(&self.volume, self.fd.as_fd()).unwrap();
+        self.commit();
         self.state.seal(&self.volume, self.fd.as_fd()).unwrap();
+    }
+
+    /// Everything that is logged goes to the medium, and in place.
+    fn commit(&mut self) {
+        if let Some(log) = self.volume.log() {
+            let end = log.end();
+            log.flush(end).unwrap();
+            self.apply(end);
+        }
     }
 
     /// Makes room in the log (fs/core.rs).
@@ -228,7 +239,7 @@ fn a_replay_can_be_repeated_from_any_point() {
     f.state.write(&f.volume, f.fd.as_fd(), 12_000, &[0xbb; 3000]).unwrap();
     f.fsync();
     let expected = f.contents();
-    let kept = tempfile::tempdir().unwrap();
+    let kept = directory();
     copy(f.dir.path(), kept.path());
     // The log of the moment of the crash, put back after a replay: done again, it says the same.
     assert_eq!(f.die().files, 1);
@@ -403,6 +414,7 @@ fn cut_after_each_step(ops: &[Op], seed: u64, logged: bool) -> Result<(), String
         cut(&mut f, &mut medium, &mut states).map_err(|found| format!("after step {end}: {found}"))?;
         // And what is sealed after it reads the same.
         f.state.mend(&f.volume, f.fd.as_fd()).map_err(|error| format!("{error:?}"))?;
+        f.commit();
         f.state.seal(&f.volume, f.fd.as_fd()).map_err(|error| error.to_string())?;
         f.state = FileState::load(&f.volume, f.fd.as_fd()).map_err(|error| error.to_string())?;
         if f.try_contents()? != states[0] {
@@ -458,6 +470,8 @@ fn step(f: &mut Fixture, medium: &mut Medium, states: &mut Vec<Vec<u8>>, op: &Op
             }
             medium.look(f);
             f.state.mend(&f.volume, f.fd.as_fd()).unwrap();
+            f.commit();
+            medium.look(f);
             medium.flush_file(f);
             f.state.seal(&f.volume, f.fd.as_fd()).unwrap();
             if let Some(log) = f.volume.log() {

@@ -129,6 +129,11 @@ pub(crate) fn record(on: bool) {
     SIMULATION.with_borrow_mut(|s| s.recording = on);
 }
 
+/// For other threads, which look on and change nothing.
+pub(crate) fn numbers() -> Option<Numbers> {
+    SIMULATION.with_borrow(|s| s.numbers.clone())
+}
+
 /// How many changes there are in the record.
 pub(crate) fn position() -> usize {
     SIMULATION.with_borrow(|s| s.trace.len())
