@@ -398,6 +398,18 @@ mod tests {
     }
 
     #[test]
+    fn a_number_means_one_kind_for_as_long_as_the_kernel_knows_it() {
+        let Link::Root(fd) = std::mem::replace(&mut *lock(&root().link), Link::Gone) else { unreachable!() };
+        let table = InodeTable::new(fd);
+        let root = table.get(ROOT).unwrap();
+        assert!(table.enter(7, Kind::Regular, &root, "a").is_some());
+        assert!(table.enter(7, Kind::Directory, &root, "b").is_none());
+        assert!(table.enter(7, Kind::Regular, &root, "b").is_some());
+        table.forget(7, 2);
+        assert_eq!(table.enter(7, Kind::Directory, &root, "b").unwrap().kind, Kind::Directory);
+    }
+
+    #[test]
     fn of_a_path_without_end_the_end_is_told() {
         let mut at = root();
         for _ in 0..50_000 {

@@ -284,5 +284,14 @@ mod tests {
         }
         assert!(Mutable::open(&ring, &header.dek, &VolumeId([2; 16]), &bytes).is_err());
         assert!(Mutable::open(&ring, &header.dek, &volume, &[0; 128]).is_err());
+        // Of two that open, the later one; of two that contradict each other, none.
+        for (counter, found) in [(6, Some(7)), (8, Some(8)), (7, None)] {
+            let other = Mutable { counter, floor: 0, ..state }.seal(&ring, &header.dek, &volume).unwrap();
+            for (a, b) in [(&bytes, &other), (&other, &bytes)] {
+                let both = [&a[..MUTABLE_LEN], &b[MUTABLE_LEN..]].concat();
+                let read = Mutable::open(&ring, &header.dek, &volume, both.first_chunk().unwrap());
+                assert_eq!(read.ok().map(|read| read.counter), found);
+            }
+        }
     }
 }

@@ -340,6 +340,13 @@ fn one_bad_copy_is_healed_from_the_other() {
                 text
             }),
         ),
+        (
+            "no mac",
+            changed("\"label\":\"test\"", "\"label\":\"evil\"").map(|text| {
+                let line = text.split(|b| *b == b'\n').next().unwrap();
+                [line, b"\n{\"auth\":[]}\n"].concat()
+            }),
+        ),
         ("state", changed("\"state\":\"active\"", "\"state\":\"destroyed\"")),
         ("wrapped", changed("\"wrapped\":\"", "\"wrapped\":\"x")),
         (
@@ -406,7 +413,7 @@ fn one_bad_copy_is_healed_from_the_other() {
         let part = match *what {
             "older" => "older (generation 1) than this host has seen (2)",
             "foreign" | "foreign and newer" => "not this volume's",
-            "label" | "generation" | "state" => "not authentic",
+            "label" | "generation" | "state" | "no mac" => "not authentic",
             "no wrapped key" => "no longer in the volume file",
             "wrapped" => "rejects the wrapped key",
             _ => "damaged",

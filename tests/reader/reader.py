@@ -243,8 +243,8 @@ class Volume:
             raise NotHeld(f"wrapped under KEK version {version}, which was not given")
         dek = unseal(self.wrapping, raw[68:80], raw[80:], b"lethefs/1/dek" + self.id + raw[:68], "static header")
         kind, rdev = raw[10], num(raw[40:48])
-        if raw[11] or any(raw[20:24]) or any(raw[48:68]) or (rdev and kind not in DEVICES):
-            raise Trouble("static header has flags or reserved bytes set")
+        if raw[11] or (rdev and kind not in DEVICES):      # reserved bytes: section 14
+            raise Trouble("static header has flags set, or a number that its type has not")
         if kind not in types:
             raise Trouble(f"the header says {TYPES.get(kind, kind)}, the backing entry does not")
         return Static(kind, raw[24:40], rdev, dek)

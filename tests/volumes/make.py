@@ -245,6 +245,55 @@ def sound_sizes(made: Made) -> None:
     made.umount()
 
 
+def remake(made: Made, change: Callable[[bytearray], None], flags: int | None = None) -> None:
+    """Another genuine header for a file, as a program of later might write it."""
+    volume, path = made.volume(), made.find("size-4097")
+    raw = bytearray(path.read_bytes())
+    head = volume.static(bytes(raw[:128]), reader.REGULAR)
+    change(raw)
+    for at in (0, 128):
+        raw[at + 68:at + 80] = data(12, f"nonce {at}")
+        aad = b"lethefs/1/dek" + volume.id + bytes(raw[at:at + 68])
+        raw[at + 80:at + 128] = AESGCMSIV(volume.wrapping).encrypt(bytes(raw[at + 68:at + 80]), head.dek, aad)
+    if flags is not None:
+        aad = b"lethefs/1/mutable" + volume.id + head.oid
+        cipher = AESGCMSIV(head.key("header"))
+        plain = bytearray(cipher.decrypt(bytes(raw[256:268]), bytes(raw[268:320]), aad))
+        plain[24:28] = flags.to_bytes(4, "little")
+        for at in (256, 320):
+            raw[at:at + 64] = data(12, f"nonce {at}") + cipher.encrypt(data(12, f"nonce {at}"), bytes(plain), aad)
+    path.write_bytes(raw)
+
+
+@fault
+def sound_reserved(made: Made) -> None:
+    """Reserved bytes that are not 0: news that a reader of today may ignore."""
+    def change(raw: bytearray) -> None:
+        for at in (0, 128):
+            raw[at + 20:at + 24] = b"news"
+            raw[at + 48:at + 68] = data(20, "news")
+        raw[384:512] = data(128, "news")
+    remake(made, change)
+
+
+@fault
+def header_flags(made: Made) -> None:
+    """A flag in the static header: news that a reader of today must not ignore."""
+    def change(raw: bytearray) -> None:
+        raw[11] = raw[128 + 11] = 1
+    remake(made, change)
+    made.fails("size-4097")
+    made.findings = ["header"]
+
+
+@fault
+def mutable_header_flags(made: Made) -> None:
+    """The same in the mutable one."""
+    remake(made, lambda _: None, 5)
+    made.fails("size-4097")
+    made.findings = ["mutable-header"]
+
+
 @fault
 def volume_file_missing(made: Made) -> None:
     (made.backing / "lethefs.volume.bak").unlink()

@@ -255,6 +255,7 @@ fn a_seal_after_a_crash_excuses_nothing_below_the_floor() {
         let mut state = FileState::load(volume, fd.as_fd()).unwrap();
         assert!(state.seal(volume, fd.as_fd()).is_err(), "sealed without having been mended");
         // Programs work with it meanwhile, and flush.
+        state.write(volume, fd.as_fd(), 16384, &contents(4096)).unwrap();
         for _ in 0..2 {
             let mark = state.flushing(volume, fd.as_fd()).unwrap();
             state.flushed(volume, mark).unwrap();

@@ -87,7 +87,7 @@ fn a_swap_between_stat_and_read() {
     for (name, ..) in &pairs {
         assert_eq!(errno(fs::read(volume.at(name))), EIO, "{name}");
     }
-    // Looked up anew they are what they are: whole files, put in another's place (docs/FORMAT.md section 12).
+    // Looked up anew they are what they are: whole files, put in another's place (docs/FORMAT.md section 13).
     volume.remount(&[]);
     for (name, _, b) in &pairs {
         assert_eq!(fs::read(volume.at(name)).unwrap(), content(*b, "other"), "{name}");

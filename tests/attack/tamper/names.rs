@@ -79,7 +79,7 @@ fn long_names_and_their_sidecars() {
     rustix::fs::renameat_with(CWD, entry("f"), CWD, entry("g"), exchange).unwrap();
 
     volume.mount(&[]);
-    // Two whole files swapped for each other are two genuine files (docs/FORMAT.md section 12).
+    // Two whole files swapped for each other are two genuine files (docs/FORMAT.md section 13).
     assert_eq!(listed(&volume.mnt()), [name("f"), name("g")]);
     assert_eq!(fs::read(volume.at(name("f"))).unwrap(), content(100, "g"));
     assert!(counter(&volume, "integrity_failures") >= 5);

@@ -48,7 +48,7 @@ fn node_records_that_were_altered() {
     let device = fs::symlink_metadata(volume.at("device")).unwrap();
     assert!(device.file_type().is_char_device() && device.rdev() == null);
     assert!(fs::symlink_metadata(volume.at("fifo")).unwrap().file_type().is_fifo());
-    // A genuine record under another name of the same volume (docs/FORMAT.md section 12).
+    // A genuine record under another name of the same volume (docs/FORMAT.md section 13).
     assert!(fs::symlink_metadata(volume.at("file")).unwrap().file_type().is_fifo());
     let damaged: Vec<&str> = names.iter().map(String::as_str).chain(["typed", "regular", "dir"]).collect();
     for name in &damaged {
