@@ -217,6 +217,11 @@ pub fn reserve(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
     }
 }
 
+/// Whether all of this range is there, so that overwriting it needs no space. Only where the filesystem can tell holes.
+pub fn is_allocated(fd: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+    sys::seek(fd, sys::SeekFrom::Hole(offset)).is_ok_and(|hole| hole >= offset + len)
+}
+
 /// fdatasync(2): contents and the size.
 pub fn sync_data(fd: BorrowedFd<'_>) -> Result<()> {
     sys::fdatasync(fd)
