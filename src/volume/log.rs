@@ -279,18 +279,20 @@ impl Log {
         let Some(files) = inner.files.clone() else { return Ok(last) };
         let flushed = storage::sync_data(files[inner.active].as_fd());
         self.flushes.fetch_add(1, Ordering::Relaxed);
-        let generation = last + 1;
-        let next = 1 - inner.active;
-        let begun = flushed.and_then(|()| {
-            let header = header(self.scope, self.version, generation, 0);
-            storage::write_at(files[next].as_fd(), &header, 0).map_err(|(_, errno)| errno)
-        });
-        if let Err(errno) = begun {
+        if let Err(errno) = flushed {
             inner.failed = Some(errno);
             self.flushed_more.notify_all();
             return Err(errno);
         }
         self.flushed.fetch_max(last, Ordering::SeqCst);
+        let generation = last + 1;
+        let next = 1 - inner.active;
+        let header = header(self.scope, self.version, generation, 0);
+        if let Err((_, errno)) = storage::write_at(files[next].as_fd(), &header, 0) {
+            // No space, say: this file stays the active one, and it can be tried again.
+            self.flushed_more.notify_all();
+            return Err(errno);
+        }
         inner.other = Some(inner.generation);
         inner.active = next;
         inner.generation = generation;

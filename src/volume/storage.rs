@@ -164,6 +164,11 @@ pub fn read_at(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usi
     Ok(done)
 }
 
+/// Whether all of this range is there, so that overwriting it needs no space. Only where the filesystem can tell holes.
+pub fn is_allocated(fd: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+    sys::seek(fd, sys::SeekFrom::Hole(offset)).is_ok_and(|hole| hole >= offset + len)
+}
+
 /// statvfs(2) of the backing filesystem.
 pub fn filesystem(fd: BorrowedFd<'_>) -> Result<sys::StatVfs> {
     sys::fstatvfs(fd)

@@ -186,8 +186,13 @@ fn a_log_that_cannot_be_written_or_flushed() {
         file.sync_data().unwrap();
         let mut durable = bytes(20_000, 1);
         durable[100..107].copy_from_slice(b"durable");
-        let log = fs::metadata(v.backing().join("lethefs.log.0")).unwrap().ino();
-        on.store.rule(move |call| if call.op == op && call.ino == log { Fate::Fail(errno_wanted) } else { Fate::Pass });
+        // Both files: where one finds no space, the other is taken.
+        let log = ["lethefs.log.0", "lethefs.log.1"].map(|name| fs::metadata(v.backing().join(name)).unwrap().ino());
+        on.store.rule(
+            move |call| {
+                if call.op == op && log.contains(&call.ino) { Fate::Fail(errno_wanted) } else { Fate::Pass }
+            },
+        );
         file.write_all_at(b"refused", 8000).unwrap();
         assert_eq!(errno(file.sync_data()), errno_wanted, "{op:?}");
         // What was there is there; the mount goes on.

@@ -270,7 +270,13 @@ fn overwriting_goes_on_without_space() {
         v.mount(&[]);
         // The kernel's requests have up to 1 MiB.
         let mut expected = bytes(3 << 20, 1);
-        fs::write(v.at("file"), &expected).unwrap();
+        // Backwards: a file that had holes once.
+        let file = File::create(v.at("file")).unwrap();
+        for from in [2 << 20, 1 << 20, 0] {
+            file.write_all_at(&expected[from..from + (1 << 20)], from as u64).unwrap();
+            file.sync_all().unwrap();
+        }
+        drop(file);
         v.remount(&[]);
         let file = File::options().read(true).write(true).open(v.at("file")).unwrap();
         // The first change makes the log.

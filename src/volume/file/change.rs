@@ -84,7 +84,10 @@ impl FileState {
             if !in_place {
                 // What is promised by the log must find its place later. Only new blocks need one.
                 if end > self.size || self.mutable.holes {
-                    storage::reserve(fd, format::block_offset(range.first), total as u64)?;
+                    let (at, len) = (format::block_offset(range.first), total as u64);
+                    // A full XFS refuses even for what is there.
+                    storage::reserve(fd, at, len)
+                        .or_else(|errno| if storage::is_allocated(fd, at, len) { Ok(()) } else { Err(errno) })?;
                 }
                 self.log(volume, Change::Blocks { first: range.first, sealed: sealed[..total].to_vec() })?;
                 self.gaps.fill(range.first, range.end);
