@@ -168,6 +168,14 @@ pub(super) fn workloads() -> Vec<(&'static str, Vec<Do>)> {
                 Remount,
             ],
         ),
+        ("an unmount flushes names and attributes, too", vec![
+            Create(a()),
+            Fsync(a()),
+            Mkdir(at("b")),
+            SetXattr(at("b"), 0),
+            Symlink(at("b/c"), 10),
+            Remount,
+        ]),
         ("more files than are flushed one by one", {
             let files: Vec<String> = (0..9).map(|n| format!("f{n}")).collect();
             let making = files.iter().flat_map(|file| [Create(file.clone()), Write(file.clone(), 0, 600)]);
