@@ -46,8 +46,13 @@ struct Plan {
     seed: u64,
     /// States for each cut.
     states: u64,
+    /// One state in so many meets a second end while it is mounted again, after so many of the changes that this makes.
+    second: (u64, u64),
     order: Order,
 }
+
+/// For most tests.
+const OFTEN: (u64, u64) = (4, 3);
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -137,7 +142,7 @@ impl Trial<'_> {
         };
         figures.states += 1;
         let under_way = then.len().max(self.cut);
-        let twice = n % 4 != 1 && dice.one_in(4) && !moved;
+        let twice = n % 4 != 1 && dice.one_in(self.plan.second.0) && !moved;
         let (found, trace) =
             self.recover(&image, moved, twice, end, under_way).map_err(|what| format!("{end:?} {what}"))?;
         if !twice {
@@ -146,7 +151,7 @@ impl Trial<'_> {
         let again = then.then(trace);
         let first = then.len();
         let all = again.len() - first;
-        for _ in 0..3 {
+        for _ in 0..self.plan.second.1 {
             let cut = first + dice.below(all as u64 + 1) as usize;
             figures.second += 1;
             let choice = Choice { order: self.plan.order, seed: dice.next() };
@@ -219,7 +224,7 @@ fn random_workloads(first: u64, usual: u64, order: Order) -> (Figures, Vec<Strin
     let mut violations = Vec::new();
     for seed in seeds {
         let (steps, setup) = random::workload(seed);
-        match cut_everywhere(&steps, Plan { setup, seed, states, order }) {
+        match cut_everywhere(&steps, Plan { setup, seed, states, second: OFTEN, order }) {
             Ok(figures) => all += figures,
             Err(what) => violations.push(format!("LETHEFS_SIM_SEED={seed}: {what}\n{setup:?} {steps:?}")),
         }
@@ -256,7 +261,8 @@ fn a_rename_without_what_was_done_before_it_would_lose_new_objects() {
     for step in [Do::Mkdir("a".into()), Do::Create("a".into())] {
         let setup = Setup { logged: true, full: 32 << 20 };
         let order = Order::Directories { objects: false };
-        let found = cut_everywhere(std::slice::from_ref(&step), Plan { setup, seed: 1, states: 30, order });
+        let found =
+            cut_everywhere(std::slice::from_ref(&step), Plan { setup, seed: 1, states: 30, second: OFTEN, order });
         let lost = |what: String| what.contains("Header at");
         assert!(found.is_err_and(lost), "{step:?}");
     }
@@ -268,7 +274,8 @@ fn directed_workloads(full: u64) {
     let mut violations = Vec::new();
     let states = number("LETHEFS_SIM_STATES").unwrap_or(4);
     for (name, steps) in directed::workloads() {
-        let plan = Plan { setup: Setup { logged: true, full }, seed: full, states, order: Order::Journal };
+        let setup = Setup { logged: true, full };
+        let plan = Plan { setup, seed: full, states, second: OFTEN, order: Order::Journal };
         match cut_everywhere(&steps, plan) {
             Ok(figures) => all += figures,
             Err(what) => violations.push(format!("{name}: {what}\n{steps:?}")),
@@ -288,6 +295,21 @@ fn directed_workloads_survive_every_cut_with_a_log_that_is_soon_full() {
     directed_workloads(2048);
 }
 
+/// Each recovery is itself cut short, at many places: what is done again must still be about the same files.
+#[test]
+fn recoveries_that_are_cut_short_are_taken_up_again() {
+    let mut all = Figures::default();
+    for (name, steps) in directed::recoveries() {
+        let setup = Setup { logged: true, full: 32 << 20 };
+        let plan = Plan { setup, seed: 35, states: 8, second: (1, 6), order: Order::Journal };
+        match cut_everywhere(&steps, plan) {
+            Ok(figures) => all += figures,
+            Err(what) => panic!("{name}: {what}\n{steps:?}"),
+        }
+    }
+    println!("{all:?}, 0 violations");
+}
+
 /// The same workloads and cuts without the intent log: what the log is for. If this finds nothing, the others could not
 /// fail either.
 #[test]
@@ -295,7 +317,8 @@ fn without_the_log_the_same_cuts_lose_what_was_acknowledged() {
     let mut damaged = 0;
     for seed in 1..=20 {
         let (steps, setup) = random::workload(seed);
-        let plan = Plan { setup: Setup { logged: false, ..setup }, seed, states: 4, order: Order::Journal };
+        let plan =
+            Plan { setup: Setup { logged: false, ..setup }, seed, states: 4, second: OFTEN, order: Order::Journal };
         damaged += u64::from(cut_everywhere(&steps, plan).is_err());
     }
     println!("{damaged} of 20 workloads find damage");

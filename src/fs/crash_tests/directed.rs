@@ -26,20 +26,6 @@ pub(super) fn workloads() -> Vec<(&'static str, Vec<Do>)> {
             "a replay after a kill, and the power goes while it is under way",
             vec![Create(a()), Write(a(), 0, 8480), Fsync(a()), Resize(a(), 12_288), Write(a(), 100, 9000), Die],
         ),
-        (
-            "records from before a seal that never got there, replayed twice",
-            vec![
-                Create(a()),
-                Write(a(), 16_384, 8192),
-                Write(a(), 0, 117),
-                Write(a(), 4095, 4096),
-                Seal,
-                Resize(a(), 4099),
-                Write(a(), 15_890, 8192),
-                Write(a(), 12_417, 4657),
-                Fdatasync(a()),
-            ],
-        ),
         // Thought of.
         (
             "replaced by rename, flushed before",
@@ -182,6 +168,10 @@ pub(super) fn workloads() -> Vec<(&'static str, Vec<Do>)> {
                 Remount,
             ],
         ),
+        (
+            "an unmount flushes names and attributes, too",
+            vec![Create(a()), Fsync(a()), Mkdir(at("b")), SetXattr(at("b"), 0), Symlink(at("b/c"), 10), Remount],
+        ),
         ("more files than are flushed one by one", {
             let files: Vec<String> = (0..9).map(|n| format!("f{n}")).collect();
             let making = files.iter().flat_map(|file| [Create(file.clone()), Write(file.clone(), 0, 600)]);
@@ -248,6 +238,39 @@ pub(super) fn workloads() -> Vec<(&'static str, Vec<Do>)> {
                 Resize(a(), 60_000),
                 Fdatasync(a()),
                 Write(a(), 60_000, 10),
+            ],
+        ),
+    ]
+}
+
+/// Those where what counts is what the recovery does.
+pub(super) fn recoveries() -> Vec<(&'static str, Vec<Do>)> {
+    let a = || at("a");
+    vec![
+        (
+            "records from before a seal that never got there, replayed twice",
+            vec![
+                Create(a()),
+                Write(a(), 16_384, 8192),
+                Write(a(), 0, 117),
+                Write(a(), 4095, 4096),
+                Seal,
+                Resize(a(), 4099),
+                Write(a(), 15_890, 8192),
+                Write(a(), 12_417, 4657),
+                Fdatasync(a()),
+            ],
+        ),
+        (
+            "a replay that grows and cuts what it grew",
+            vec![
+                Create(a()),
+                Write(a(), 0, 9000),
+                Fsync(a()),
+                Write(a(), 5000, 9000),
+                Resize(a(), 6000),
+                Write(a(), 5000, 3000),
+                Fdatasync(a()),
             ],
         ),
     ]
