@@ -268,6 +268,14 @@ fn cases(shape: &Shape) -> Vec<Case> {
             bytes[256..384].copy_from_slice(&spoils.newborn[256..384]);
             bytes.truncate(HEADER + SEALED);
         });
+        // One copy of it does not do: the other is the later one.
+        for copy in [256, 320] {
+            let cut: Alter = Box::new(move |bytes, spoils| {
+                bytes[copy..copy + 64].copy_from_slice(&spoils.newborn[copy..copy + 64]);
+                bytes.truncate(HEADER + SEALED);
+            });
+            add_as(format!("mutable at {copy} of its birth, and cut"), Eio, shape.content.clone(), cut);
+        }
         add_as("mutable of its birth, and cut".into(), Same, shape.content[..BLOCK].to_vec().into(), cut);
     }
     cases
