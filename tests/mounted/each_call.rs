@@ -7,7 +7,8 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::bytes;
 use crate::faults::OnFaulty;
@@ -28,6 +29,10 @@ struct Model {
     /// One state: acknowledged. More: something failed, and each byte may be as in any of them.
     may_be: BTreeMap<String, Vec<State>>,
     failed: Vec<(&'static str, i32)>,
+    /// A flush has just failed, of this run's mount, which began then.
+    flush_failed: Arc<AtomicBool>,
+    mounted: Instant,
+    heard_at_once: u64,
 }
 
 fn long(letter: &str) -> String {
@@ -42,7 +47,14 @@ impl Model {
     /// Everything that the workload changes, as it is before.
     fn prepare(dir: &Path) -> Self {
         fs::create_dir(dir).unwrap();
-        let mut model = Self { dir: dir.to_owned(), may_be: BTreeMap::new(), failed: Vec::new() };
+        let mut model = Self {
+            dir: dir.to_owned(),
+            may_be: BTreeMap::new(),
+            failed: Vec::new(),
+            flush_failed: Arc::default(),
+            mounted: Instant::now(),
+            heard_at_once: 0,
+        };
         let mut files: Vec<(String, usize)> = ["a", "b", "c", "d", "g", "h", "o", "p"]
             .into_iter()
             .zip([10_000, 9000, 12_000, 20_000, 3000, 10, 400_000, 10_000])
@@ -73,6 +85,12 @@ impl Model {
     /// Does something that ends with an acknowledgement, after which these paths are so.
     fn step(&mut self, what: &'static str, then: &[(&str, State)], step: impl FnOnce(&Path) -> io::Result<()>) {
         let done = step(&self.dir);
+        // What is acknowledged has been flushed: whoever waited for that flush hears of it, and not only the next one. (In
+        // its first second a mount flushes nothing of its own accord.)
+        if self.flush_failed.swap(false, Ordering::SeqCst) && self.mounted.elapsed() < Duration::from_secs(1) {
+            assert!(done.is_err(), "{what}: a flush failed, and nobody was told");
+            self.heard_at_once += 1;
+        }
         for (name, state) in then {
             let may_be = self.may_be.entry((*name).to_owned()).or_insert_with(|| vec![State::Nothing]);
             if done.is_ok() {
@@ -239,32 +257,38 @@ fn every_call(what: &str, fault: impl Fn(Op, usize) -> Option<Fate> + Copy + Sen
     let on = OnFaulty::new();
     let v = &on.v;
     let counted = Arc::new(AtomicU64::new(0));
-    let fail = |n: u64| {
+    let fail = |n: u64, flush_failed: &Arc<AtomicBool>| {
         counted.store(0, Ordering::SeqCst);
-        let counted = counted.clone();
+        let (counted, flush_failed) = (counted.clone(), flush_failed.clone());
         on.store.rule(move |call| match fault(call.op, call.len) {
-            Some(fate) if counted.fetch_add(1, Ordering::SeqCst) + 1 == n => fate,
+            Some(fate) if counted.fetch_add(1, Ordering::SeqCst) + 1 == n => {
+                flush_failed.store(matches!(call.op, Op::Fsync | Op::FsyncDir), Ordering::SeqCst);
+                fate
+            }
             _ => Fate::Pass,
         });
     };
     // Without a fault: how many calls there are. The log's own flush each second may be one more.
     let mut dry = Model::prepare(&v.at("dry"));
     v.remount(&[]);
-    fail(u64::MAX);
+    fail(u64::MAX, &dry.flush_failed);
     dry.workload();
     let calls = counted.load(Ordering::SeqCst);
     assert!(dry.failed.is_empty() && calls > 20, "{calls}: {:?}", dry.failed);
     on.store.heal();
     let mut models: Vec<Model> = (0..calls).map(|n| Model::prepare(&v.at(format!("run{n}")))).collect();
+    let mut mounted = Instant::now();
     v.remount(&[]);
 
-    let (mut heard, mut unclean) = (0, 0);
+    let (mut heard, mut at_once, mut unclean) = (0, 0, 0);
     for (n, model) in (1..).zip(&mut models) {
-        fail(n);
+        fail(n, &model.flush_failed);
+        model.mounted = mounted;
         model.workload();
         let when = format!("{what} at call {n} of {calls}, told {:?}", model.failed);
         assert!(model.failed.iter().all(|(_, errno)| told.contains(errno)), "{when}");
         heard += u64::from(!model.failed.is_empty());
+        at_once += model.heard_at_once;
         model.check(&when);
         // Another file, whatever happened to these.
         on.store.heal();
@@ -275,6 +299,7 @@ fn every_call(what: &str, fault: impl Fn(Op, usize) -> Option<Fate> + Copy + Sen
             v.cli(&["umount", "mnt"]).is(0);
             unclean += u64::from(v.daemon_exit() != Some(0));
         }
+        mounted = Instant::now();
         v.mount(&[]);
         model.check(&format!("mounted again: {when}"));
         fs::write(v.at("dry/after"), bytes(100, n)).unwrap();
@@ -283,7 +308,9 @@ fn every_call(what: &str, fault: impl Fn(Op, usize) -> Option<Fate> + Copy + Sen
     v.remount(&[]);
     models.iter().for_each(|model| model.check("at the end"));
     v.umount();
-    eprintln!("{what}: {calls} calls, each failed once: {heard} heard by a program, {unclean} unclean ends");
+    eprintln!(
+        "{what}: {calls} calls, each failed once: {heard} heard by a program, {at_once} of them failed flushes, {unclean} unclean ends"
+    );
     assert_eq!(heard > 0, !told.is_empty());
 }
 
