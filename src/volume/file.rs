@@ -60,8 +60,9 @@ pub struct FileState {
     zeros: bool,
     /// Where zeros are holes.
     gaps: Gaps,
-    /// Backing inode number, for the log.
+    /// Backing inode number and time of birth, for the log.
     ino: u64,
+    born: u64,
     /// The header is only in the attribute of the file's birth, and has to be written before anything else is.
     newborn: bool,
     /// This mount has opened the file for changes: its header is unsealed, here or in the overlay.
@@ -128,6 +129,7 @@ impl FileState {
             zeros: false,
             gaps: Gaps::none(),
             ino: storage::stat_fd(fd)?.st_ino,
+            born: storage::born(fd)?,
             newborn: false,
             opened: true,
             overlay: Overlay::new(0),
@@ -168,6 +170,7 @@ impl FileState {
             zeros: false,
             gaps: if recovered || mutable.holes { Gaps::unknown() } else { Gaps::none() },
             ino: storage::stat_fd(fd)?.st_ino,
+            born: storage::born(fd)?,
             newborn,
             opened: false,
             overlay: Overlay::new(size),

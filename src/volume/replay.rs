@@ -174,8 +174,14 @@ fn walk(
             };
             let ino = storage::stat_fd(file.as_fd())?.st_ino;
             let Some(id) = claimed(file.as_fd())?.into_iter().find(|id| subjects.contains_key(id)) else { continue };
-            if !moved && subjects.get(&id).is_none_or(|subject| subject.ino != ino) {
-                continue;
+            if !moved {
+                // A number is given out again: what was removed and put back from a backup may have it, and is another file.
+                let born = storage::born(file.as_fd())?;
+                let is_it =
+                    |subject: &Subject| subject.ino == ino && (subject.born == born || subject.born == 0 || born == 0);
+                if !subjects.get(&id).is_some_and(is_it) {
+                    continue;
+                }
             }
             // Two names of one file are one file.
             if found.get(&id).is_some_and(|other| other.ino != ino) {

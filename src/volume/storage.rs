@@ -55,10 +55,23 @@ pub fn identity(dir: BorrowedFd<'_>) -> Result<u64> {
     if let Some(simulated) = recorder::identity() {
         return Ok(simulated);
     }
-    let stat = sys::statx(dir, "", AtFlags::EMPTY_PATH, sys::StatxFlags::INO | sys::StatxFlags::BTIME)?;
+    Ok(sys::fstat(dir)?.st_ino.rotate_left(40) ^ birth_time(dir)?)
+}
+
+/// When an object was made, as a number: tells a file from another one that got its inode number later. 0 where the filesystem
+/// does not keep it.
+pub fn born(fd: BorrowedFd<'_>) -> Result<u64> {
+    #[cfg(test)]
+    if recorder::identity().is_some() {
+        return Ok(stat_fd(fd)?.st_ino.rotate_left(20));
+    }
+    birth_time(fd)
+}
+
+fn birth_time(fd: BorrowedFd<'_>) -> Result<u64> {
+    let stat = sys::statx(fd, "", AtFlags::EMPTY_PATH, sys::StatxFlags::BTIME)?;
     // Where a filesystem does not keep it, all is zero.
-    let born = (stat.stx_btime.tv_sec as u64).rotate_left(30) ^ u64::from(stat.stx_btime.tv_nsec);
-    Ok(stat.stx_ino.rotate_left(40) ^ born)
+    Ok((stat.stx_btime.tv_sec as u64).rotate_left(30) ^ u64::from(stat.stx_btime.tv_nsec))
 }
 
 /// The type of an object.

@@ -41,6 +41,7 @@ impl FileState {
         let subject = Subject {
             object: self.dek().object(),
             ino: self.ino,
+            born: self.born,
             root: log.root(),
             low: self.mutable.opened.saturating_sub(UNFLUSHED_HEADERS),
             opened: self.mutable.opened,

@@ -53,6 +53,8 @@ pub struct Subject {
     pub object: ObjectId,
     /// Backing inode number.
     pub ino: u64,
+    /// When the backing file was made (`storage::born`): a number may be given out again. 0: not known.
+    pub born: u64,
     /// The volume's backing root (`storage::identity`): tells a volume that was moved to another place.
     pub root: u64,
     /// Counter of a header that is known to be on the medium.
@@ -146,6 +148,7 @@ pub(super) fn encode(
         meta[16 + 8 * n..24 + 8 * n].copy_from_slice(&word.to_le_bytes());
     }
     meta[56] = kind;
+    meta[64..72].copy_from_slice(&subject.born.to_le_bytes());
     let (head, clear) = record.split_at_mut(CLEAR_AT);
     let tag = cipher.seal_into(nonce, clear, &meta, &mut head[META_AT..]);
     head[32..32 + TAG_LEN].copy_from_slice(&tag);
@@ -174,6 +177,7 @@ pub(super) fn decode(cipher: &Cipher, bytes: &[u8]) -> Option<(Record, usize)> {
         subject: Subject {
             object: ObjectId(*meta.first_chunk()?),
             ino: word(&meta, 16),
+            born: word(&meta, 64),
             root: word(&meta, 24),
             low: word(&meta, 32),
             opened: word(&meta, 40),
@@ -188,7 +192,7 @@ mod tests {
     use super::*;
 
     fn subject() -> Subject {
-        Subject { object: ObjectId([7; 16]), ino: 11, root: 12, low: 13, opened: 14 }
+        Subject { object: ObjectId([7; 16]), ino: 11, born: 15, root: 12, low: 13, opened: 14 }
     }
 
     #[test]

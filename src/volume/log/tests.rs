@@ -25,7 +25,7 @@ impl Fixture {
     }
 
     fn append(&self, log: &Log, n: u64) -> u64 {
-        let subject = Subject { object: ObjectId([n as u8; 16]), ino: n, root: log.root(), low: 0, opened: 0 };
+        let subject = Subject { object: ObjectId([n as u8; 16]), ino: n, born: 0, root: log.root(), low: 0, opened: 0 };
         log.append(self.volume.keys(), &subject, &Change::Grow { size: n }).unwrap().0
     }
 }
