@@ -303,18 +303,12 @@ impl FileState {
         };
         match opened {
             // Never flushed and cut off by a crash: it might as well not be there at all.
-            Err(_) if above_floor && (self.may_lack_its_end(index) || torn(index, stored, complete)) => {
+            Err(_) if above_floor && torn(index, stored, complete) => {
                 plain.fill(0);
                 Ok(())
             }
             other => other.map_err(|damage| ReadError::damaged(damage, index)),
         }
-    }
-
-    /// Whether this is a short last block: the length may be one that a write had on its way (a killed daemon's ends between
-    /// two pages), and the tag may lie beyond it.
-    fn may_lack_its_end(&self, index: u64) -> bool {
-        index == self.size / BLOCK && !self.size.is_multiple_of(BLOCK)
     }
 
     /// Whether an unclean end or a failed write left something for [`mend`](Self::mend) to do.
@@ -396,7 +390,11 @@ fn torn(index: u64, stored: &[u8], complete: bool) -> bool {
     const SECTOR: usize = 512;
     let first = SECTOR - format::block_offset(index) as usize % SECTOR;
     let (head, rest) = stored.split_at(first.min(stored.len()));
-    !complete || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
+    // The size follows from the backing length: where growth got no further than to the end of a page or sector, what is there
+    // of the block looks like a short one.
+    let ends = format::block_offset(index) + stored.len() as u64;
+    let cut_short = (stored.len() as u64) < SEALED_BLOCK && ends.is_multiple_of(SECTOR as u64);
+    !complete || cut_short || content::is_zero(head) || rest.chunks(SECTOR).any(content::is_zero)
 }
 
 /// A failure and, for damage, the block it was found in.

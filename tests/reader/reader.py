@@ -118,7 +118,9 @@ def attribute(fd: int, name: str) -> bytes:
 
 
 def torn(start: int, stored: bytes) -> bool:
-    """Section 7: all that lies in one sector of the backing file is zero."""
+    """Section 7: all that lies in one sector of the backing file is zero, or a short block ends with a sector."""
+    if len(stored) < STORED and (start + len(stored)) % 512 == 0:
+        return True
     edges = [0, *range(512 - start % 512, len(stored), 512), len(stored)]
     return any(not any(stored[a:b]) for a, b in zip(edges, edges[1:]) if b > a)
 
@@ -353,8 +355,7 @@ class Volume:
             try:
                 yield unseal(key, stored[:12], stored[12:], aad + le(i, 8), f"block {i}")
             except Trouble:
-                cut = want < PLAIN      # a short last block: its end may be what is missing
-                if mutable.flags & SEALED or PLAIN * i < mutable.floor or not (cut or torn(HEADER + STORED * i, stored)):
+                if mutable.flags & SEALED or PLAIN * i < mutable.floor or not torn(HEADER + STORED * i, stored):
                     raise
                 yield bytes(want)
 

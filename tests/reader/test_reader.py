@@ -472,7 +472,7 @@ class Tree(Case):
         patch(node, 40, b"\1")
         self.expect_error("static header does not", b"n")
         patch(node, 0, v.static(4, bytes(16), bytes(32), 259))
-        self.expect_error("reserved", b"n")
+        self.expect_error("a number that its type has not", b"n")
         os.unlink(node)
         os.mkdir(node)
         self.expect_error("lethefs.dir", b"n")

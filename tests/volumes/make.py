@@ -482,10 +482,10 @@ def unsealed_torn(made: Made) -> None:
 
 @fault
 def unsealed_short(made: Made) -> None:
-    """Its end did not."""
+    """Its end did not: the file ends with a sector."""
     contents = floored(made)
-    os.truncate(made.find("floored"), HEADER + 2 * STORED + 3000)
-    made.is_file("floored", contents[:8192] + bytes(3000 - 28))
+    os.truncate(made.find("floored"), 23 * 512)
+    made.is_file("floored", contents[:8192] + bytes(23 * 512 - HEADER - 2 * STORED - 28))
 
 
 @fault

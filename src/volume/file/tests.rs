@@ -303,14 +303,19 @@ fn very_many_zeros_of_a_crash_become_holes() {
     }
 }
 
-/// A killed daemon leaves a length between two blocks' ends: what is there of the last block is nothing yet.
+/// A killed daemon leaves a length between two blocks' ends, at the end of a page: what is there of the last block is nothing
+/// yet. Anywhere else it is damage.
 #[test]
 fn a_last_block_without_its_end_is_zeros_above_the_floor() {
     let fixture = Fixture::new();
     let (fd, mut state) = fixture.create("f");
     state.write(&fixture.volume, fd.as_fd(), 0, &contents(16384)).unwrap();
     let left = fixture.bytes("f");
-    for len in [512 + 4096, 512 + 4124 + 4096 - 512, 512 + 3 * 4124 + 29, left.len() - 1] {
+    for len in [512 + 3 * 4124 + 29, left.len() - 1, 8191, 8193] {
+        fixture.write_backing("t", &left[..len]);
+        assert!(fixture.read("t").is_err(), "{len}");
+    }
+    for len in [4096_usize, 8192, 8192 + 512, 12_288] {
         fixture.write_backing("t", &left[..len]);
         let (read, whole) = (fixture.read("t").unwrap(), (len - 512) / 4124 * 4096);
         assert_eq!(read[..whole], contents(16384)[..whole], "{len}");
