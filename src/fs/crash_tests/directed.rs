@@ -243,10 +243,29 @@ pub(super) fn workloads() -> Vec<(&'static str, Vec<Do>)> {
     ]
 }
 
+/// Those where what counts is an order between two directories.
+pub(super) fn two_directories() -> Vec<Do> {
+    let (a, b) = (|| at("d/a"), || at("d/b"));
+    vec![
+        Mkdir(at("d")),
+        Symlink(a(), 4095),
+        Fsync(at("d")),
+        Symlink(b(), 1500),
+        Rename(a(), b()),
+        Unlink(b()),
+        Symlink(a(), 1500),
+        Fsync(at("d")),
+        Create(b()),
+        Rename(b(), at("c")),
+        Rename(at("c"), a()),
+    ]
+}
+
 /// Those where what counts is what the recovery does.
 pub(super) fn recoveries() -> Vec<(&'static str, Vec<Do>)> {
     let a = || at("a");
     vec![
+        ("the name of a new file after a kill, flushed with fdatasync alone", vec![Create(a()), Die, Fdatasync(a())]),
         (
             "records from before a seal that never got there, replayed twice",
             vec![

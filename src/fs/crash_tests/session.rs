@@ -344,6 +344,8 @@ impl<'a> Session<'a> {
             });
         }
         if !exchanges {
+            // That the old one goes is not about the one that came: a flush of this alone need not cover it.
+            let objects = if both_dirs { over.into_iter().collect() } else { objects };
             self.snap(begun, &[dir, new_dir], &objects, |tree| {
                 entries(tree, dir).remove(&old);
                 entries(tree, new_dir).insert(new, node);
