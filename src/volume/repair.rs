@@ -358,7 +358,12 @@ impl Quarantine {
             Err(Errno::EXIST) => storage::open_file(self.0.as_fd(), INDEX, true)?,
             other => other?,
         };
-        let end = storage::stat_fd(index.as_fd())?.st_size as u64;
+        let stat = storage::stat_fd(index.as_fd())?;
+        if stat.st_nlink != 1 {
+            // Somebody's own file, made to look like ours: not to be written to.
+            return Err(Errno::MLINK.into());
+        }
+        let end = stat.st_size as u64;
         storage::write_at(index.as_fd(), format!("{line}\n").as_bytes(), end).map_err(|(_, errno)| errno)?;
         Ok(storage::sync_fd(index.as_fd())?)
     }

@@ -529,3 +529,34 @@ fn a_long_name_in_the_report_is_plain_only_when_asked_for() {
         text.out.contains("blocks   0 to 0: bytes 0 to 4095") && text.out.ends_with("damaged: 1 findings are left\n")
     );
 }
+
+/// What somebody put in the quarantine's place is not followed and not written to.
+#[test]
+fn a_planted_quarantine_is_not_written_to() {
+    let world = World::new();
+    let (quarantine, outside) = (world.v.backing().join("lethefs.quarantine"), world.v.path("outside"));
+    fs::write(&outside, "precious").unwrap();
+    let plants: [(&str, &dyn Fn()); 3] = [
+        ("a symlink to a directory", &|| symlink(world.v.path("home"), &quarantine).unwrap()),
+        ("an index that is a symlink", &|| {
+            fs::create_dir(&quarantine).unwrap();
+            symlink(&outside, quarantine.join("index")).unwrap();
+        }),
+        ("an index that is a hard link", &|| {
+            fs::create_dir(&quarantine).unwrap();
+            fs::hard_link(&outside, quarantine.join("index")).unwrap();
+        }),
+    ];
+    for (what, plant) in plants {
+        world.reset();
+        plant();
+        put(&world.find("full"), 0, &[0; 256]);
+        let run = world.fsck(&["--repair"]);
+        run.is_code(21);
+        let line = &run.json()["findings"][0];
+        assert!(line["fault"] == "header" && line["problem"].is_string(), "{what}: {line}");
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "precious", "{what}");
+        assert_eq!(fs::read_dir(world.v.path("home")).unwrap().count(), 0, "{what}");
+        assert!(world.find("full").exists(), "{what}");
+    }
+}
