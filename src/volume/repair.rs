@@ -1,6 +1,6 @@
 //! What can be done about what a [`check`](mod@super::check) found. The volume is not mounted; the caller holds its lock.
 //!
-//! Nothing is destroyed that could still be read. In its place stays only what keys vouch for: a copy is written anew from
+//! No contents are destroyed that could still be read (names can be: docs/CLI.md). In its place stays only what keys vouch for: a copy is written anew from
 //! its twin, an object without a name gets a new one. What nobody can read, and the original of whatever is only saved in
 //! part, goes to `lethefs.quarantine` as it is. Each step is one rename or one sector: cut off anywhere, a repair can be
 //! run again.
