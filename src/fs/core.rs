@@ -602,14 +602,15 @@ impl Filesystem {
         if !recovered(&inode.file.read().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(());
         }
-        self.room()?;
-        let open = self.open(inode)?;
-        let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
-        self.note_pending(inode);
-        match guard.as_mut() {
-            Some(state) => state.mend(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error)),
-            None => Ok(()),
-        }
+        self.with_room(|| {
+            let open = self.open(inode)?;
+            let mut guard = inode.file.write().unwrap_or_else(PoisonError::into_inner);
+            self.note_pending(inode);
+            match guard.as_mut() {
+                Some(state) => state.mend(&self.volume, open.fd.as_fd()).map_err(|error| self.failed(inode, error)),
+                None => Ok(()),
+            }
+        })
     }
 
     /// Seals one file if it has not changed since `changes` was read, before the flush.

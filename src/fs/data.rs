@@ -54,17 +54,22 @@ impl Filesystem {
         self.change(inode, |state, open| state.resize(&self.volume, open.fd.as_fd(), size))
     }
 
-    /// Does something to a file that may have to be logged; again, if the log found no space and could make some.
+    /// Does something to a file that may have to be logged.
     fn change(
         &self,
         inode: &Arc<Inode>,
         change: impl Fn(&mut FileState, &Open) -> Result<(), ReadError>,
     ) -> Outcome<()> {
+        self.with_room(|| self.change_once(inode, &change))
+    }
+
+    /// Does something that may have to be logged; again, if the log found no space and could make some. The caller holds no lock.
+    pub(super) fn with_room(&self, once: impl Fn() -> Outcome<()>) -> Outcome<()> {
         self.room()?;
         let mut tries = MAKE_ROOM;
         loop {
             let generation = self.volume.log().map(Log::generation);
-            match self.change_once(inode, &change) {
+            match once() {
                 Err(failed)
                     if tries > 0
                         && matches!(failed.errno(), libc::ENOSPC | libc::EDQUOT)

@@ -360,12 +360,16 @@ impl FileState {
             if volume.log().is_some() && !zeros {
                 // In place, a crash in the middle of this could leave half of it over half of what was there.
                 self.open_for_changes(volume, fd, false, false)?;
+                change::reserve(fd, index, sealed.len())?;
+                self.touch();
                 self.log(volume, Change::Blocks { first: index, sealed })?;
             } else if !(zeros && zero) {
+                self.touch();
+                self.in_place += 1;
                 storage::write_at(fd, &sealed, format::block_offset(index)).map_err(|(_, errno)| errno)?;
             }
         }
-        if zeros {
+        if zeros && !self.mutable.holes {
             self.check_for_zeros_below_floor(fd)?;
         }
         (self.mended, self.zeros) = (true, zeros);

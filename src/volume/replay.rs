@@ -133,10 +133,8 @@ fn walk(
     while let Some(path) = directories.pop() {
         let directory = match storage::open_dir_below(volume.root().as_fd(), &path) {
             Ok(directory) => directory,
-            // Too deep for a path, closed for ever (chattr), or not there any more: its files are passed over.
-            Err(
-                errno @ (Errno::NAMETOOLONG | Errno::ACCESS | Errno::PERM | Errno::NOENT | Errno::XDEV | Errno::LOOP),
-            ) => {
+            // Closed for ever (chattr), or not there any more: its files are passed over.
+            Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::NOENT | Errno::XDEV | Errno::LOOP)) => {
                 tracing::warn!(%errno, "a directory is passed over by the replay");
                 continue;
             }

@@ -98,10 +98,19 @@ pub fn open_file(dir: BorrowedFd<'_>, name: impl Arg, write: bool) -> Result<Own
     sys::open(proc_path(held.as_fd()), access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Opens a directory some levels below another, following no symlink on the way.
+/// Opens a directory any number of levels below another, following no symlink on the way.
 pub fn open_dir_below(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = sys::ResolveFlags::NO_SYMLINKS | sys::ResolveFlags::BENEATH | sys::ResolveFlags::NO_XDEV;
+    // A tree may be deeper than a path is long (PATH_MAX, 4,096 bytes): in stretches then.
+    const STRETCH: usize = 2048;
+    let (mut path, mut stretch) = (path, None::<OwnedFd>);
+    while path.len() > STRETCH {
+        let at = path[..STRETCH].iter().rposition(|byte| *byte == b'/').ok_or(Errno::NAMETOOLONG)?;
+        stretch = Some(open_dir_below(stretch.as_ref().map_or(root, AsFd::as_fd), &path[..at])?);
+        path = &path[at + 1..];
+    }
+    let root = stretch.as_ref().map_or(root, AsFd::as_fd);
     let path = if path.is_empty() { b"." } else { path };
     match sys::openat2(root, path, flags, Mode::empty(), resolve) {
         Err(Errno::ACCESS) => {

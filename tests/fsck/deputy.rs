@@ -180,3 +180,43 @@ fn a_volume_moved_as_a_whole_is_replayed() {
     v.umount();
     clean(&v);
 }
+
+/// So deep that no path reaches it: what was flushed there is replayed like anything else.
+#[test]
+fn a_file_deeper_than_any_path_is_replayed() {
+    use rustix::fs::{Mode, OFlags, mkdirat, open, openat};
+    let v = TestVolume::init();
+    v.mount(&[]);
+    let rwx = Mode::RWXU;
+    let descend = |make: bool| {
+        let mut at = open(v.mnt(), OFlags::DIRECTORY, rwx).unwrap();
+        for n in 0..400 {
+            let name = format!("level {n}");
+            if make {
+                mkdirat(&at, &name, rwx).unwrap();
+            }
+            at = openat(&at, &name, OFlags::DIRECTORY, rwx).unwrap();
+        }
+        at
+    };
+    let dir = descend(true);
+    let file = openat(&dir, "file", OFlags::CREATE | OFlags::RDWR, rwx).unwrap();
+    rustix::io::pwrite(&file, &pattern(9000, 1), 0).unwrap();
+    drop((file, dir));
+    v.remount(&[]);
+    let dir = descend(false);
+    let file = openat(&dir, "file", OFlags::RDWR, rwx).unwrap();
+    rustix::io::pwrite(&file, &pattern(4096, 2), 0).unwrap();
+    rustix::fs::fdatasync(&file).unwrap();
+    v.crash();
+    drop((file, dir));
+    clean(&v);
+    v.try_mount(&[]).is(0);
+    let file = openat(descend(false), "file", OFlags::RDONLY, rwx).unwrap();
+    let mut now = vec![0; 4096];
+    rustix::io::pread(&file, &mut now[..], 0).unwrap();
+    assert!(now == pattern(4096, 2), "what was flushed is lost");
+    drop(file);
+    v.umount();
+    clean(&v);
+}

@@ -2,6 +2,13 @@
 
 use super::*;
 
+/// Makes sure that sealed blocks that are about to be logged will find their place.
+pub(super) fn reserve(fd: BorrowedFd<'_>, first: u64, len: usize) -> Result<(), Errno> {
+    let (at, len) = (format::block_offset(first), len as u64);
+    // A full XFS refuses even for what is there.
+    storage::reserve(fd, at, len).or_else(|errno| if storage::is_allocated(fd, at, len) { Ok(()) } else { Err(errno) })
+}
+
 impl FileState {
     /// Writes `data` at `offset`, growing the file if need be.
     ///
@@ -84,10 +91,7 @@ impl FileState {
             if !in_place {
                 // What is promised by the log must find its place later. Only new blocks need one.
                 if end > self.size || self.mutable.holes {
-                    let (at, len) = (format::block_offset(range.first), total as u64);
-                    // A full XFS refuses even for what is there.
-                    storage::reserve(fd, at, len)
-                        .or_else(|errno| if storage::is_allocated(fd, at, len) { Ok(()) } else { Err(errno) })?;
+                    reserve(fd, range.first, total)?;
                 }
                 self.log(volume, Change::Blocks { first: range.first, sealed: sealed[..total].to_vec() })?;
                 self.gaps.fill(range.first, range.end);
@@ -237,8 +241,6 @@ impl FileState {
             self.opened = true;
         }
         self.touch();
-        // The new last block, if it is short, is written.
-        self.gaps.fill(size / BLOCK, u64::MAX);
         self.cuts += 1;
         self.flushed = self.flushed.min(size);
         if volume.log().is_some() {
@@ -250,6 +252,8 @@ impl FileState {
             storage::set_len(fd, format::backing_len(size))?;
             self.overlay.set_disk(size);
         }
+        // The new last block, if it is short, is written.
+        self.gaps.fill(size / BLOCK, u64::MAX);
         self.size = size;
         Ok(())
     }

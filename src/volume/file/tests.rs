@@ -397,3 +397,38 @@ fn a_birth_cannot_be_made_for_a_sealed_file() {
     storage::set_len(fd.as_fd(), 0).unwrap();
     assert_eq!(fixture.read("new").unwrap(), b"");
 }
+
+/// A cut that fails leaves the holes what they are.
+#[test]
+fn a_failed_cut_forgets_no_holes() {
+    let fixture = Fixture::new();
+    let volume = &fixture.volume;
+    let (fd, mut state) = fixture.create("f");
+    state.resize(volume, fd.as_fd(), 10 * 4096).unwrap();
+    state.write(volume, fd.as_fd(), 10 * 4096, &contents(100)).unwrap();
+    let readable = storage::open_file(volume.root().as_fd(), "f", false).unwrap();
+    assert!(state.resize(volume, readable.as_fd(), 0).is_err(), "cut by way of a descriptor that cannot write");
+    state.seal(volume, fd.as_fd()).unwrap();
+    let read = fixture.read("f").unwrap();
+    assert_eq!((&read[..10 * 4096], &read[10 * 4096..]), (&[0; 10 * 4096][..], &contents(100)[..]));
+}
+
+/// What mending writes is a change like any other: a flush from before it vouches for nothing.
+#[test]
+fn mending_is_a_change() {
+    let fixture = Fixture::new();
+    let volume = &fixture.volume;
+    let (fd, mut state) = fixture.create("f");
+    state.write(volume, fd.as_fd(), 0, &contents(8192)).unwrap();
+    let mut left = fixture.bytes("f");
+    left[1024..1536].fill(0);
+    fixture.write_backing("t", &left);
+    let fd = storage::open_file(volume.root().as_fd(), "t", true).unwrap();
+    let mut state = FileState::load(volume, fd.as_fd()).unwrap();
+    let before = state.changes();
+    state.mend(volume, fd.as_fd()).unwrap();
+    assert_ne!(state.changes(), before);
+    let after = state.changes();
+    state.mend(volume, fd.as_fd()).unwrap();
+    assert_eq!(state.changes(), after, "there was nothing left to do");
+}
