@@ -20,14 +20,15 @@ use crate::fs::session::MountHandle;
 use crate::kms::KeyUri;
 use crate::sys::process;
 use crate::volume::check::{self, Fault, Finding, Progress};
-use crate::volume::meta::VolumeFile;
+use crate::volume::meta::{KeyState, VolumeFile};
 use crate::volume::repair::{self, Outcome};
 use crate::volume::{Volume, VolumeError};
 
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(200);
-/// Longest path in a report, in characters; a tree may be deeper than any path.
-const PATH_MAX: usize = 16 << 10;
+/// Longest path in a report, in bytes: a tree may be deeper than any path. Two of them, each byte as six (JSON's `u0001`), fit
+/// into a line of the control socket with all else.
+const PATH_MAX: usize = 4 << 10;
 /// Runs of damaged blocks listed for one file.
 const RUNS_MAX: usize = 256;
 
@@ -257,17 +258,25 @@ fn online(
         )));
     }
     let total = total(path);
-    let mut found = Vec::new();
+    let (mut found, mut not_understood) = (Vec::new(), None);
     let client = Client::connect(&files.socket).map_err(Error::io("cannot reach the mount"))?;
     let done = client.check(request.names, &mut |line| {
-        if let Some(line) = line.get("finding").and_then(|line| serde_json::from_value(line.clone()).ok()) {
-            found.push(line);
+        if let Some(line) = line.get("finding") {
+            match serde_json::from_value(line.clone()) {
+                Ok(line) => found.push(line),
+                Err(error) => not_understood = Some(error),
+            }
         } else if let Some(checked) = line.get("progress").and_then(|now| serde_json::from_value(now.clone()).ok()) {
             shown(Tick { doing: "checking", checked, total });
         }
     });
     let done = done.map_err(Error::io("the mount could not check the volume"))?;
-    let checked = serde_json::from_value(done).unwrap_or_default();
+    // The daemon may be of another version than this program: what it found must not be passed over.
+    let checked = match not_understood {
+        Some(error) => Err(error),
+        None => serde_json::from_value(done),
+    };
+    let checked = checked.map_err(Error::io("the mount's answer is not understood (another version of lethefs?)"))?;
     sort(&mut found);
     let mut report = Report::new(volume_id, path.to_owned(), checked);
     report.online = true;
@@ -330,6 +339,18 @@ fn offline(
     report
         .warnings
         .extend(journal.map(|journal| format!("{}; yet the key still opens this volume", journal.sentence())));
+
+    // What is under a key that is not here is not damaged.
+    let held = volume.keys().held();
+    let needed = body.scope().keks.iter().filter(|kek| kek.state != KeyState::Destroyed);
+    for kek in needed.filter(|kek| !held.contains(&(body.scope().id, kek.version))) {
+        let what = format!("KEK version {} is not held: what is under it cannot be told from damage", kek.version);
+        if request.repair {
+            let source = std::io::Error::other("nothing was changed");
+            return Err(Error::Io { what: format!("{what}, so nothing can be repaired"), source });
+        }
+        report.warnings.push(what);
+    }
 
     let mut early = Vec::new();
     if volume_file {

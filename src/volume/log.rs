@@ -26,6 +26,8 @@ use crate::keyring::Keyring;
 pub const NAMES: [&str; 2] = ["lethefs.log.0", "lethefs.log.1"];
 /// When a file is full, in bytes. Bounds memory, too: what is logged and not yet in its place is kept there.
 pub const FULL: u64 = 32 << 20;
+/// What is beyond in a file was not written by us, in bytes.
+pub const LONGEST: u64 = 2 * FULL;
 /// Bytes that a file has from the beginning: more than the largest record.
 const RESERVED: u64 = 5 << 18;
 /// Bytes before the first record.
@@ -397,7 +399,7 @@ pub fn read(root: BorrowedFd<'_>, keys: &Keyring) -> Result<Found, VolumeError> 
         found.any = true;
         let len = storage::stat_fd(file.as_fd())?.st_size as u64;
         // Bounded: what is beyond was not written by us.
-        let mut bytes = vec![0; len.min(2 * FULL) as usize];
+        let mut bytes = vec![0; len.min(LONGEST) as usize];
         let got = storage::read_at(file.as_fd(), &mut bytes, 0)?;
         bytes.truncate(got);
         let whole = |header: &&[u8]| header[..8] == *MAGIC && header[40..56] == check(header);

@@ -1,6 +1,6 @@
 //! What can be done about what a [`check`](mod@super::check) found. The volume is not mounted; the caller holds its lock.
 //!
-//! No contents are destroyed that could still be read (names can be: docs/CLI.md). In its place stays only what keys vouch for: a copy is written anew from
+//! Nothing is destroyed that could still be read. In its place stays only what keys vouch for: a copy is written anew from
 //! its twin, an object without a name gets a new one. What nobody can read, and the original of whatever is only saved in
 //! part, goes to `lethefs.quarantine` as it is. Each step is one rename or one sector: cut off anywhere, a repair can be
 //! run again.
@@ -54,6 +54,8 @@ pub fn settle_log(volume: &Volume) -> Result<replay::Replayed, VolumeError> {
         let quarantine = Quarantine::open(volume)?;
         for name in log::NAMES {
             match storage::open_file(root, name, false) {
+                // One with another name is somebody's own file: it is read as a log, and only its name here goes.
+                Ok(file) if storage::stat_fd(file.as_fd())?.st_nlink > 1 => {}
                 Ok(file) => quarantine.copy(file.as_fd(), name.as_bytes(), Fault::Log)?,
                 Err(Errno::NOENT) => {}
                 // Planted: out of the way with it, so that the next mount has room for its own.
@@ -138,18 +140,18 @@ fn one(volume: &Volume, finding: &Finding, saved: &mut HashMap<u64, String>) -> 
         Fault::RootHeader => {
             let keys = DirKeys::make(volume.keys(), volume.root_dir().id())?;
             new_header(volume, parent, &keys, &[])?;
-            rename_all(volume, parent, &keys).map(Some)
+            rename_all(volume, parent, &keys, at).map(Some)
         }
         Fault::DirectoryHeader => {
             let own = storage::open_dir(parent, name)?;
             let id = ObjectId::random().map_err(|_| Errno::IO)?;
             let keys = DirKeys::make(volume.keys(), id)?;
             new_header(volume, own.as_fd(), &keys, at)?;
-            rename_all(volume, own.as_fd(), &keys).map(Some)
+            rename_all(volume, own.as_fd(), &keys, at).map(Some)
         }
         Fault::Name | Fault::Sidecar | Fault::Displaced => {
             let keys = parent_keys(volume, parent)?;
-            rename(volume, parent, &keys, name).map(Some)
+            rename(volume, parent, &keys, name, at).map(Some)
         }
         Fault::Leftover => {
             if let Err(Errno::ISDIR | Errno::PERM) = storage::unlink(parent, name) {
@@ -200,7 +202,7 @@ fn new_header(volume: &Volume, dir: BorrowedFd<'_>, keys: &DirKeys, at: &[Vec<u8
 }
 
 /// Gives everything in a directory a new name whose own does not decrypt.
-fn rename_all(volume: &Volume, dir: BorrowedFd<'_>, keys: &DirKeys) -> Result<String, VolumeError> {
+fn rename_all(volume: &Volume, dir: BorrowedFd<'_>, keys: &DirKeys, at: &[Vec<u8>]) -> Result<String, VolumeError> {
     let mut entries = Vec::new();
     storage::read_dir(dir, 0, |entry| {
         if names::is_entry(entry.name) {
@@ -217,7 +219,7 @@ fn rename_all(volume: &Volume, dir: BorrowedFd<'_>, keys: &DirKeys) -> Result<St
         match keys.plain_name(volume.keys(), dir, &name) {
             Ok(_) => {}
             Err(VolumeError::Damaged(_)) => {
-                rename(volume, dir, keys, &name)?;
+                rename(volume, dir, keys, &name, &[at, std::slice::from_ref(&name)].concat())?;
                 renamed += 1;
             }
             Err(error) => return Err(error),
@@ -251,27 +253,63 @@ fn object(volume: &Volume, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Ob
     }
 }
 
-/// Gives an entry a new name in its directory; in vain, where nothing of it could be read.
-fn rename(volume: &Volume, dir: BorrowedFd<'_>, keys: &DirKeys, name: &[u8]) -> Result<String, VolumeError> {
+/// Gives an entry a new name in its directory; in vain, where nothing of it could be read. Its old one is written down first:
+/// under a header that comes back it would decrypt again.
+fn rename(
+    volume: &Volume,
+    dir: BorrowedFd<'_>,
+    keys: &DirKeys,
+    name: &[u8],
+    at: &[Vec<u8>],
+) -> Result<String, VolumeError> {
     let id = object(volume, dir, name)?.map_or_else(ObjectId::random, Ok).map_err(|_| Errno::IO)?;
-    let new = place_anew(volume, dir, keys, name, id)?;
-    if let Some(hash) = name.strip_prefix(format::LONG_PREFIX.as_bytes()) {
-        let _ = storage::unlink(dir, [format::LONG_NAME_PREFIX.as_bytes(), hash].concat().as_slice());
-    }
+    let quarantine = Quarantine::open(volume)?;
+    let new = place_anew(volume, dir, keys, name, id, |plain, backing| {
+        let mut line = serde_json::json!({ "fault": "name", "was": path_text(at), "now": plain, "backing": backing });
+        add_sidecar(&mut line, dir, name);
+        quarantine.note(&line)
+    })?;
+    drop_sidecar(dir, name);
     Ok(format!("its name is {new} now"))
 }
 
-/// Renames within a directory to the first name of that object that is free. Gives its plaintext.
+/// The name of a long entry's sidecar.
+fn sidecar(name: &[u8]) -> Option<Vec<u8>> {
+    let hash = name.strip_prefix(format::LONG_PREFIX.as_bytes())?;
+    Some([format::LONG_NAME_PREFIX.as_bytes(), hash].concat())
+}
+
+/// The text of an entry's sidecar, which is the only place of a long name.
+fn add_sidecar(line: &mut serde_json::Value, dir: BorrowedFd<'_>, name: &[u8]) {
+    let text = sidecar(name).and_then(|sidecar| storage::readlink(dir, sidecar.as_slice()).ok());
+    if let Some(text) = text {
+        line["sidecar"] = String::from_utf8_lossy(&text).into();
+    }
+}
+
+fn drop_sidecar(dir: BorrowedFd<'_>, name: &[u8]) {
+    if let Some(sidecar) = sidecar(name) {
+        let _ = storage::unlink(dir, sidecar.as_slice());
+    }
+}
+
+/// Renames within a directory to the first name of that object that is free; `before` is told which, and its backing name.
+/// Gives its plaintext.
 fn place_anew(
     volume: &Volume,
     dir: BorrowedFd<'_>,
     keys: &DirKeys,
     from: &[u8],
     id: ObjectId,
+    before: impl Fn(&str, &str) -> Result<(), VolumeError>,
 ) -> Result<String, VolumeError> {
     for n in 1.. {
         let plain = if n == 1 { format!("recovered-{id}") } else { format!("recovered-{id}-{n}") };
         let name = keys.name(volume.keys(), plain.as_bytes())?;
+        if storage::stat(dir, name.as_str()).is_ok() {
+            continue;
+        }
+        before(&plain, name.as_str())?;
         match storage::rename(dir, from, dir, name.as_str(), RenameFlags::NOREPLACE) {
             Ok(()) => return Ok(plain),
             Err(Errno::EXIST) => {}
@@ -316,12 +354,12 @@ fn attributes_of(
     for name in &damaged {
         let name = OsStr::from_bytes(name);
         let value = storage::get_xattr(held, name)?;
-        Quarantine::open(volume)?.note(&format!(
-            "{{\"fault\":\"attribute\",\"was\":{},\"name\":{},\"value\":\"{}\"}}",
-            json(&path_text(at)),
-            json(&name.to_string_lossy()),
-            b64(&value)
-        ))?;
+        Quarantine::open(volume)?.note(&serde_json::json!({
+            "fault": "attribute",
+            "was": path_text(at),
+            "name": name.to_string_lossy(),
+            "value": b64(&value),
+        }))?;
         storage::remove_xattr(held, name)?;
     }
     Ok(format!("{} written down and removed", damaged.len()))
@@ -332,15 +370,13 @@ fn path_text(at: &[Vec<u8>]) -> String {
     at.iter().map(|name| name.escape_ascii().to_string()).collect::<Vec<_>>().join("/")
 }
 
-fn json(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
-}
-
 /// The directory for what was taken out of the tree: objects `N.fault`, and `index`, which says where each was: a line of
 /// JSON each.
 struct Quarantine(OwnedFd);
 
 const INDEX: &str = "index";
+/// So many objects in a quarantine: somebody may be making them as fast as we look.
+const QUARANTINE_MAX: u32 = 10_000_000;
 
 impl Quarantine {
     fn open(volume: &Volume) -> Result<Self, VolumeError> {
@@ -353,7 +389,7 @@ impl Quarantine {
     }
 
     /// Appends a line to the index, durably: before what it is about is changed.
-    fn note(&self, line: &str) -> Result<(), VolumeError> {
+    fn note(&self, line: &serde_json::Value) -> Result<(), VolumeError> {
         let index = match storage::create_file(self.0.as_fd(), INDEX, 0o600) {
             Err(Errno::EXIST) => storage::open_file(self.0.as_fd(), INDEX, true)?,
             other => other?,
@@ -368,21 +404,25 @@ impl Quarantine {
         Ok(storage::sync_fd(index.as_fd())?)
     }
 
-    /// Takes the name of the first free place by `put`.
+    /// Takes the name of the first free place by `put`, having written `line` down with it.
     fn put(
         &self,
         at: &[Vec<u8>],
         fault: Fault,
+        mut line: serde_json::Value,
         mut put: impl FnMut(&str) -> Result<(), Errno>,
     ) -> Result<String, VolumeError> {
         let word = serde_json::to_value(fault).ok().and_then(|word| word.as_str().map(str::to_owned));
         let word = word.unwrap_or_default();
-        for n in 1.. {
+        for n in 1..QUARANTINE_MAX {
             let name = format!("{n}.{word}");
             if storage::stat(self.0.as_fd(), &*name).is_ok() {
                 continue;
             }
-            self.note(&format!("{{\"fault\":\"{word}\",\"was\":{},\"now\":\"{name}\"}}", json(&path_text(at))))?;
+            line["fault"] = word.as_str().into();
+            line["was"] = path_text(at).into();
+            line["now"] = name.as_str().into();
+            self.note(&line)?;
             match put(&name) {
                 Ok(()) => return Ok(format!("moved to {QUARANTINE}/{name}")),
                 Err(Errno::EXIST) => {}
@@ -392,32 +432,36 @@ impl Quarantine {
         Err(Errno::EXIST.into())
     }
 
-    /// Moves an entry here, whatever it is, with its sidecar if it has one.
+    /// Moves an entry here, whatever it is. If it has a sidecar, its text goes into the index.
     fn take(&self, dir: BorrowedFd<'_>, name: &[u8], at: &[Vec<u8>], fault: Fault) -> Result<String, VolumeError> {
         let own = self.0.as_fd();
-        let done = self.put(at, fault, |new| storage::rename(dir, name, own, new, RenameFlags::NOREPLACE))?;
-        if let Some(hash) = name.strip_prefix(format::LONG_PREFIX.as_bytes()) {
-            let _ = storage::unlink(dir, [format::LONG_NAME_PREFIX.as_bytes(), hash].concat().as_slice());
-        }
+        let mut line = serde_json::json!({});
+        add_sidecar(&mut line, dir, name);
+        let done = self.put(at, fault, line, |new| storage::rename(dir, name, own, new, RenameFlags::NOREPLACE))?;
+        drop_sidecar(dir, name);
         Ok(done)
     }
 
-    /// Copies a file's bytes here.
+    /// Copies the bytes of a log file here, as far as they can count.
     fn copy(&self, file: BorrowedFd<'_>, name: &[u8], fault: Fault) -> Result<(), VolumeError> {
         let own = self.0.as_fd();
-        self.put(&[name.to_vec()], fault, |new| {
-            let copy = storage::create_file(own, new, 0o600)?;
+        let write = |copy: BorrowedFd<'_>| {
             let mut chunk = vec![0; 1 << 20];
-            let mut at = 0;
-            loop {
+            for at in (0..log::LONGEST).step_by(chunk.len()) {
                 let got = storage::read_at(file, &mut chunk, at)?;
-                storage::write_at(copy.as_fd(), &chunk[..got], at).map_err(|(_, errno)| errno)?;
-                at += got as u64;
+                storage::write_at(copy, &chunk[..got], at).map_err(|(_, errno)| errno)?;
                 if got < chunk.len() {
                     break;
                 }
             }
-            storage::sync_fd(copy.as_fd())
+            storage::sync_fd(copy)
+        };
+        self.put(&[name.to_vec()], fault, serde_json::json!({}), |new| {
+            let copy = storage::create_file(own, new, 0o600)?;
+            // Half a copy is of no use.
+            write(copy.as_fd()).inspect_err(|_| {
+                let _ = storage::unlink(own, new);
+            })
         })
         .map(drop)
     }

@@ -246,3 +246,33 @@ fn deep_and_wide_trees_are_checked_to_the_end() {
     run.is_code(20);
     assert_eq!(kinds(&run.json(), "findings"), ["header-copy"]);
 }
+
+/// Objects under a key that is not held are not damaged: nothing is done about them.
+#[test]
+fn with_a_key_missing_nothing_is_repaired() {
+    use lethefs::crypto::{Key32, VolumeId};
+    use lethefs::keyring::{self, Keyring};
+    use lethefs::volume::meta::{self, Body, VolumeFile};
+    let v = TestVolume::init();
+    let text = fs::read_to_string(v.backing().join("lethefs.volume")).unwrap();
+    let mut body: Body = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let id: VolumeId = body.volume_id;
+    let ring = Keyring::new(id).unwrap();
+    let kek = v.kek();
+    let kek = Key32::fill_with(|bytes| {
+        bytes.copy_from_slice(&kek);
+        Ok::<_, ()>(())
+    });
+    ring.admit(0, 1, &kek.unwrap(), true).unwrap();
+    let mut second = body.scopes[0].keks[0].clone();
+    second.version = 2;
+    second.commitment = lethefs::crypto::ids::hex(&keyring::commitment(&id, 0, 2, &Key32::random().unwrap()));
+    second.slots[0].identity = serde_json::from_value(serde_json::json!({ "provider": "later" })).unwrap();
+    body.scopes[0].keks.push(second);
+    VolumeFile::write(meta::open_backing(&v.backing()).unwrap(), &body, &ring).unwrap();
+    let looked = v.cli(&["fsck", "backing"]);
+    looked.is(0).says("KEK version 2 is not held");
+    let before = fs::read_dir(v.backing()).unwrap().count();
+    v.cli(&["fsck", "backing", "--repair"]).is(1).says("KEK version 2 is not held");
+    assert_eq!(fs::read_dir(v.backing()).unwrap().count(), before);
+}

@@ -135,6 +135,18 @@ fn cases() -> Vec<Case> {
             recovered: none,
         },
         Case {
+            name: "the first static header is another file's",
+            damage: |w| {
+                let mut other = [0; 128];
+                fs::File::open(w.find("small")).unwrap().read_exact_at(&mut other, 0).unwrap();
+                put(&w.find("full"), 0, &other);
+            },
+            found: &["header-copy"],
+            left: &[],
+            gone: &[],
+            recovered: none,
+        },
+        Case {
             name: "one mutable header is damaged",
             damage: |w| flip(&w.find("full"), 330),
             found: &["header-copy"],
@@ -559,4 +571,99 @@ fn a_planted_quarantine_is_not_written_to() {
         assert_eq!(fs::read_dir(world.v.path("home")).unwrap().count(), 0, "{what}");
         assert!(world.find("full").exists(), "{what}");
     }
+}
+
+/// Everything that an old name can be told from is written down before it goes: the text of a long name's sidecar, the
+/// backing name, and under which header it decrypts.
+#[test]
+fn old_names_are_written_down() {
+    let world = World::new();
+    let index = || {
+        let text = fs::read_to_string(world.v.backing().join("lethefs.quarantine/index")).unwrap();
+        text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()).collect::<Vec<_>>()
+    };
+    let path = |path: &Path| path.strip_prefix(world.v.backing()).unwrap().to_str().unwrap().to_owned();
+
+    // A file that is taken away with its sidecar, which was whole.
+    let long_name = format!("dir/{}", long("f"));
+    let sidecar = fs::read_link(own(&world.find("dir"), "lethefs.name.")).unwrap();
+    put(&world.find(&long_name), 0, &[0; 256]);
+    let was = path(&world.find(&long_name));
+    world.fsck(&["--repair"]).is_code(20);
+    let line = index().into_iter().find(|line| line["fault"] == "header").unwrap();
+    assert_eq!((&line["was"], &line["sidecar"]), (&was.into(), &sidecar.to_str().unwrap().into()), "{line}");
+
+    // A directory whose header was only away for a while: put back, its old names can be given again.
+    world.reset();
+    let header = fs::read_link(world.find("dir").join("lethefs.dir")).unwrap();
+    fs::remove_file(world.find("dir").join("lethefs.dir")).unwrap();
+    let was = [path(&world.find("dir/one")), path(&world.find("dir/sub")), path(&world.find(&long_name))];
+    world.fsck(&["--repair"]).is_code(20);
+    let lines = index();
+    for was in &was {
+        let line = lines.iter().find(|line| line["was"] == **was).unwrap();
+        assert!(line["now"].as_str().unwrap().starts_with("recovered-"), "{line}");
+        let backing = line["backing"].as_str().unwrap();
+        let now = world.find("dir").join(backing);
+        assert!(now.exists(), "{line}");
+        fs::rename(now, world.v.backing().join(was)).unwrap();
+        if let Some(text) = line["sidecar"].as_str() {
+            let hash = was.rsplit_once("lethefs.long.").unwrap().1;
+            symlink(text, world.find("dir").join(format!("lethefs.name.{hash}"))).unwrap();
+        }
+    }
+    fs::remove_file(world.find("dir").join("lethefs.dir")).unwrap();
+    symlink(header, world.find("dir").join("lethefs.dir")).unwrap();
+    world.v.mount(&[]);
+    let now = world.contents();
+    assert_eq!(now["dir/one"], pattern(5000, 4));
+    assert_eq!(now["dir/sub/two"], pattern(300, 5));
+    assert_eq!(now[&long_name], pattern(4097, 6));
+    world.v.umount();
+}
+
+/// A block of zeros in a file that has no holes is lost, not saved.
+#[test]
+fn what_is_lost_is_not_called_saved() {
+    let world = World::new();
+    let at = world.find("big");
+    put(&at, 512 + 4124 * 2, &[0; 4124]);
+    put(&at, 512 + 4124 * 4 + 1000, &[0; 512]);
+    set_len(&at, -5000);
+    let run = world.fsck(&["--repair"]);
+    let told = run.json()["findings"][0]["repaired"].as_str().unwrap().to_owned();
+    assert!(told.contains("2 blocks in it are zeros"), "{told}");
+}
+
+/// A recovered file is open to nobody who could not read the original, and runs as nobody.
+#[test]
+fn what_is_recovered_is_no_wider_open() {
+    let world = World::new();
+    let at = world.find("full");
+    let acl = world.v.command("setfacl").args(["-m", "u:12345:rw,g::-,m::rw"]).arg(&at).status().unwrap();
+    assert!(acl.success());
+    let mode = fs::metadata(&at).unwrap().permissions();
+    fs::set_permissions(
+        &at,
+        std::os::unix::fs::PermissionsExt::from_mode(std::os::unix::fs::PermissionsExt::mode(&mode) | 0o4000),
+    )
+    .unwrap();
+    let list = |path: &Path| {
+        let out = world.v.command("getfacl").args(["-cpn"]).arg(path).output().unwrap();
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let before = list(&at);
+    assert!(before.contains("user:12345:rw-"), "{before}");
+    set_len(&at, -100);
+    let run = world.fsck(&["--repair"]);
+    run.is_code(20);
+    let id = run.json()["findings"][0]["object"].as_str().unwrap().to_owned();
+    world.v.mount(&[]);
+    let ino = std::os::unix::fs::MetadataExt::ino(&fs::metadata(world.v.at(format!("recovered-{id}"))).unwrap());
+    world.v.umount();
+    let mut all = fs::read_dir(world.v.backing()).unwrap().map(|entry| entry.unwrap().path());
+    let new =
+        all.find(|path| std::os::unix::fs::MetadataExt::ino(&fs::symlink_metadata(path).unwrap()) == ino).unwrap();
+    assert_eq!(list(&new), before.replace("# flags: s--\n", ""));
+    assert_eq!(std::os::unix::fs::MetadataExt::mode(&fs::metadata(&new).unwrap()) & 0o7000, 0);
 }

@@ -283,7 +283,13 @@ impl<'a> Check<'a> {
         }
         if copies.bad_static != [false; 2] || copies.bad_mutable {
             let which = if copies.bad_mutable { "a mutable copy" } else { "a static copy" };
+            let which =
+                if copies.first_is_anothers { "the first is another file's: a mount refuses the file" } else { which };
             found.push((Fault::HeaderCopy, Finding { object, ..detail(which.into()) }));
+        }
+        if copies.first_is_anothers {
+            // What it holds can be looked at once it has its own back.
+            return Ok(());
         }
         let records = self.records.get(&header.dek.object()).map_or(&[][..], Vec::as_slice);
         let state = match FileState::load_with(self.volume, fd, records) {

@@ -1,4 +1,4 @@
-//! Looking a file over without changing it: what its header says, and every block.
+//! Looking a file over: what its header says, and every block. And what a repair needs of it.
 //!
 //! A file that a crash left with records in the intent log is judged by what it will be once they are replayed.
 
@@ -21,6 +21,8 @@ pub struct Copies {
     pub bad_mutable: bool,
     /// A genuine header, but of another type of object.
     pub other_type: bool,
+    /// The first static copy that opens is another file's: a mount refuses the file (docs/FORMAT.md section 7).
+    pub first_is_anothers: bool,
     /// There is no header but in the attribute of the file's birth.
     pub newborn: bool,
 }
@@ -37,6 +39,7 @@ impl Copies {
             bad_static: [true; 2],
             bad_mutable: true,
             other_type: false,
+            first_is_anothers: false,
             newborn: false,
         };
         match read_header(volume, fd) {
@@ -50,26 +53,33 @@ impl Copies {
         }
         let mut bytes = [0; HEADER_LEN];
         storage::read_at(fd, &mut bytes, 0)?;
-        for n in 0..2 {
+        let Some(both) = bytes[MUTABLE_AT as usize..].first_chunk::<{ 2 * MUTABLE_LEN }>() else { return Ok(copies) };
+        let mut opened = [None, None];
+        for (n, opened) in opened.iter_mut().enumerate() {
             let Some(copy) = bytes[n * STATIC_LEN..].first_chunk() else { continue };
             match Static::open_as(volume.keys(), copy, ObjectType::Regular) {
-                Ok(header) => {
-                    let same = copies.header.as_ref().is_none_or(|first| first.dek.object() == header.dek.object());
-                    copies.bad_static[n] = !same;
-                    copies.header.get_or_insert(header);
-                }
+                Ok(header) => *opened = Some(header),
                 Err(VolumeError::Damaged(Damage::Type)) => copies.other_type = true,
                 Err(VolumeError::Damaged(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        let Some(header) = &copies.header else { return Ok(copies) };
-        let Some(both) = bytes[MUTABLE_AT as usize..].first_chunk::<{ 2 * MUTABLE_LEN }>() else { return Ok(copies) };
-        match Mutable::open(volume.keys(), &header.dek, &volume.id(), both) {
-            Ok(mutable) => copies.mutable = Some(mutable),
-            Err(VolumeError::Damaged(_)) => {}
-            Err(error) => return Err(error),
+        // The file's own is the one that the mutable header is under: the other may be a genuine one of another file.
+        for header in opened.iter().flatten() {
+            match Mutable::open(volume.keys(), &header.dek, &volume.id(), both) {
+                Ok(mutable) => {
+                    (copies.header, copies.mutable) = (Some(header.clone()), Some(mutable));
+                    break;
+                }
+                Err(VolumeError::Damaged(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
+        copies.header = copies.header.or_else(|| opened.iter().flatten().next().cloned());
+        let Some(header) = &copies.header else { return Ok(copies) };
+        let own = |copy: &Option<Static>| copy.as_ref().is_some_and(|copy| copy.dek.object() == header.dek.object());
+        copies.bad_static = [!own(&opened[0]), !own(&opened[1])];
+        copies.first_is_anothers = opened[0].is_some() && copies.bad_static[0];
         let mut agree = 0;
         for n in 0..2 {
             let mut alone = [0; 2 * MUTABLE_LEN];
@@ -198,13 +208,15 @@ impl Copies {
 }
 
 impl FileState {
-    /// A file of which nothing is promised: what authenticates can be read, and what is all zero reads as zeros.
+    /// A file of which what authenticates can be read, whatever its length should be. Zeros count where the header allows
+    /// them; where there is none left to ask, anywhere.
     ///
     /// # Errors
     /// [`Damage::Header`] where there is no key.
     pub fn lenient(copies: Copies, size: u64, ino: u64) -> Result<Self, VolumeError> {
         let header = copies.header.ok_or(VolumeError::Damaged(Damage::Header))?;
-        let mutable = Mutable { floor: 0, size: 0, sealed: false, holes: true, ..copies.mutable.unwrap_or_default() };
+        let nothing_known = Mutable { holes: true, ..Mutable::default() };
+        let mutable = copies.mutable.unwrap_or(nothing_known);
         Ok(Self {
             header,
             mutable,
@@ -213,7 +225,7 @@ impl FileState {
             cuts: 0,
             unsealed: true,
             changes: 0,
-            recovered: true,
+            recovered: !mutable.sealed,
             mended: false,
             zeros: false,
             gaps: Gaps::unknown(),

@@ -49,7 +49,7 @@ pub(super) fn save(
         let new = new_fd.as_fd();
         dress(volume, fd.as_fd(), &old_dek, new)?;
         storage::chown_held(new, Some(stat.st_uid), Some(stat.st_gid))?;
-        storage::chmod_fd(new, stat.st_mode)?;
+        open_as_far(fd.as_fd(), new, stat.st_mode)?;
         let time = |sec, nsec: u64| rustix::fs::Timespec { tv_sec: sec, tv_nsec: nsec as _ };
         storage::set_times_fd(
             new,
@@ -60,7 +60,7 @@ pub(super) fn save(
         )?;
         // The original goes only once this is on the medium.
         storage::sync_fd(new)?;
-        let called = super::place_anew(volume, dir, keys, temporary.as_bytes(), old_dek.object())?;
+        let called = super::place_anew(volume, dir, keys, temporary.as_bytes(), old_dek.object(), |_, _| Ok(()))?;
         storage::sync_fd(dir)?;
         Ok((called, lost))
     });
@@ -74,6 +74,18 @@ pub(super) fn save(
             Err(error)
         }
     }
+}
+
+/// Rights like the original's, which an access list may narrow: the mode's group bits are its mask then. What is not the whole
+/// program any more runs as nobody else.
+fn open_as_far(old: BorrowedFd<'_>, new: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
+    let acl = std::ffi::OsStr::new("system.posix_acl_access");
+    match storage::get_xattr(old, acl) {
+        Ok(list) => storage::set_xattr(new, acl, &list, 0)?,
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+        Err(errno) => return Err(errno),
+    }
+    storage::chmod_fd(new, mode & 0o777)
 }
 
 /// Reads block by block what can be read, and writes it into a new file. How many blocks could not be.
