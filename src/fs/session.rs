@@ -235,12 +235,11 @@ impl MountHandle {
     /// As [`check`](fn@check::check).
     pub fn check(
         &self,
-        names: bool,
         progress: &check::Progress,
         found: &(dyn Fn(check::Finding) + Sync),
     ) -> Result<(), VolumeError> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2);
-        let request = check::Request { live: Some(&*self.fs), names, threads, progress };
+        let request = check::Request { live: Some(&*self.fs), threads, progress };
         check::check(&self.fs.volume, &request, found)
     }
 

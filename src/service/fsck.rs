@@ -19,7 +19,7 @@ use crate::crypto::{ObjectId, VolumeId};
 use crate::fs::session::MountHandle;
 use crate::kms::KeyUri;
 use crate::sys::process;
-use crate::volume::check::{self, Fault, Finding, Progress};
+use crate::volume::check::{self, Fault, Finding, Place, Progress};
 use crate::volume::meta::{KeyState, VolumeFile};
 use crate::volume::repair::{self, Outcome};
 use crate::volume::{Volume, VolumeError};
@@ -120,16 +120,16 @@ pub struct Line {
     pub problem: Option<String>,
 }
 
-impl From<&Finding> for Line {
-    fn from(finding: &Finding) -> Self {
+impl Line {
+    fn of(finding: &Finding, names: bool) -> Self {
         let [what, costs, repair] = finding.fault.texts().map(str::to_owned);
         let runs = finding.blocks.len();
         let more = (runs > RUNS_MAX).then(|| format!("and {} more runs of blocks", runs - RUNS_MAX));
         Self {
             fault: finding.fault,
             note: finding.fault.is_note(),
-            path: join(&finding.place),
-            name: finding.plain.as_ref().map(|plain| format!("/{}", join(plain))),
+            path: join(&finding.place.names()),
+            name: names.then(|| finding.place.plain_names()).flatten().map(|plain| format!("/{}", join(&plain))),
             object: finding.object,
             backing_ino: finding.ino,
             blocks: finding.blocks.iter().take(RUNS_MAX).copied().collect(),
@@ -288,18 +288,20 @@ fn online(
 /// The daemon's side of it.
 pub(super) fn answer(handle: &MountHandle, asked: &mut Asked<'_>) -> Result<Value, String> {
     let progress = Progress::default();
-    let (sender, findings) = mpsc::channel::<Finding>();
+    // Bounded: whoever listens slowly keeps the check waiting, rather than memory filling up.
+    let (sender, findings) = mpsc::sync_channel::<Line>(1024);
     let names = asked.names;
     let result = std::thread::scope(|scope| {
         let checking = scope.spawn(|| {
             let sender = Mutex::new(sender);
-            handle.check(names, &progress, &|finding| {
-                let _ = sender.lock().unwrap_or_else(PoisonError::into_inner).send(finding);
+            handle.check(&progress, &|finding| {
+                let line = Line::of(&finding, names);
+                let _ = sender.lock().unwrap_or_else(PoisonError::into_inner).send(line);
             })
         });
         loop {
             let told = match findings.recv_timeout(TICK) {
-                Ok(finding) => asked.tell("finding", &serde_json::to_value(Line::from(&finding)).unwrap_or_default()),
+                Ok(finding) => asked.tell("finding", &serde_json::to_value(&finding).unwrap_or_default()),
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     asked.tell("progress", &serde_json::to_value(Checked::of(&progress)).unwrap_or_default())
                 }
@@ -354,14 +356,14 @@ fn offline(
 
     let mut early = Vec::new();
     if volume_file {
-        let place = vec![crate::volume::format::VOLUME_FILE.into()];
+        let place = Place::root().below(crate::volume::format::VOLUME_FILE.as_bytes(), None);
         early.push(Finding { fault: Fault::VolumeFile, place, ..check::nothing() });
     }
     if !request.repair {
-        let (checked, mut found) = look(&volume, request.names, "checking", shown)?;
+        let (checked, mut found) = look(&volume, "checking", shown)?;
         early.append(&mut found);
         report.checked = checked;
-        report.findings = lines(&early);
+        report.findings = lines(&early, request.names);
         report.left = report.findings.clone();
         return Ok(report.judged());
     }
@@ -370,7 +372,7 @@ fn offline(
     let (_, of_the_log) = check::read_log(&volume)?;
     report.warnings.extend(replayed(repair::settle_log(&volume))?);
     early.extend(of_the_log);
-    let mut settled = lines(&early);
+    let mut settled = lines(&early, request.names);
     for line in &mut settled {
         let done = match line.fault {
             Fault::VolumeFile => match VolumeFile::write(&lock, &body, volume.keys()) {
@@ -385,10 +387,10 @@ fn offline(
             Err(why) => line.problem = Some(why),
         }
     }
-    let (checked, findings) = look(&volume, request.names, "checking", shown)?;
+    let (checked, findings) = look(&volume, "checking", shown)?;
     let outcomes = repair::repair(&volume, &findings)?;
     // In the findings' order, which is the outcomes' as well.
-    let mut found: Vec<Line> = findings.iter().map(Line::from).collect();
+    let mut found: Vec<Line> = findings.iter().map(|finding| Line::of(finding, request.names)).collect();
     for (line, outcome) in found.iter_mut().zip(outcomes) {
         match outcome {
             Outcome::Done(text) => line.repaired = Some(text),
@@ -398,9 +400,9 @@ fn offline(
     }
     report.checked = checked;
     report.left = if found.iter().any(|line| line.repaired.is_some()) {
-        lines(&look(&volume, request.names, "checking again", shown)?.1)
+        lines(&look(&volume, "checking again", shown)?.1, request.names)
     } else {
-        lines(&findings)
+        lines(&findings, request.names)
     };
     report.left.extend(settled.iter().filter(|line| line.problem.is_some()).cloned());
     settled.append(&mut found);
@@ -412,7 +414,6 @@ fn offline(
 /// One pass over everything.
 fn look(
     volume: &Volume,
-    names: bool,
     doing: &'static str,
     shown: &(dyn Fn(Tick) + Sync),
 ) -> Result<(Checked, Vec<Finding>), VolumeError> {
@@ -420,7 +421,7 @@ fn look(
     let found = Mutex::new(Vec::new());
     let total = total(volume.path());
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
-    let request = check::Request { live: None, names, threads, progress: &progress };
+    let request = check::Request { live: None, threads, progress: &progress };
     let (done, ended) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let progress = &progress;
@@ -444,8 +445,8 @@ fn total(path: &Path) -> Checked {
     Checked { directories: directories + 1, files, links, nodes, bytes }
 }
 
-fn lines(findings: &[Finding]) -> Vec<Line> {
-    let mut lines: Vec<Line> = findings.iter().map(Line::from).collect();
+fn lines(findings: &[Finding], names: bool) -> Vec<Line> {
+    let mut lines: Vec<Line> = findings.iter().map(|finding| Line::of(finding, names)).collect();
     sort(&mut lines);
     lines
 }

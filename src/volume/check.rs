@@ -5,6 +5,7 @@
 
 mod fault;
 mod object;
+mod place;
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use fault::{Fault, Finding};
+pub use place::Place;
 
 use super::dir::DirKeys;
 use super::file::FileState;
@@ -48,25 +50,18 @@ pub struct Progress {
 pub struct Request<'a> {
     /// The live mount, if there is one.
     pub live: Option<&'a dyn Live>,
-    /// Findings come with plaintext names.
-    pub names: bool,
     /// Threads.
     pub threads: usize,
     /// Where to count.
     pub progress: &'a Progress,
 }
 
-/// A directory, for the path of what is found in it.
-struct Place {
-    parent: Option<Arc<Place>>,
-    name: Vec<u8>,
-    plain: Option<Vec<u8>>,
-}
-
 struct Check<'a> {
     volume: &'a Volume,
     request: &'a Request<'a>,
     found: &'a (dyn Fn(Finding) + Sync),
+    /// What tells this backing root from a copy of it.
+    root: u64,
     /// What the intent log says, by object.
     records: HashMap<ObjectId, Vec<Record>>,
     /// Backing inode numbers by object: two of one are copies.
@@ -122,6 +117,7 @@ pub fn check(volume: &Volume, request: &Request<'_>, found: &(dyn Fn(Finding) + 
         volume,
         request,
         found,
+        root: storage::identity(volume.root().as_fd())?,
         records: HashMap::new(),
         objects: Mutex::default(),
         linked: Mutex::default(),
@@ -143,7 +139,7 @@ pub fn check(volume: &Volume, request: &Request<'_>, found: &(dyn Fn(Finding) + 
         pool.start_handler(move |_| numbers.iter().cloned().for_each(storage::recorder::simulate))
     };
     let pool = pool.build().map_err(|_| VolumeError::Backing(Errno::AGAIN))?;
-    let root = Arc::new(Place { parent: None, name: Vec::new(), plain: None });
+    let root = Place::root();
     let fd = Arc::new(storage::reopen(volume.root().as_fd(), false)?);
     let shared = &check;
     pool.scope(|scope| shared.directory(scope, &root, &fd));
@@ -162,7 +158,7 @@ pub fn read_log(volume: &Volume) -> Result<(Vec<Record>, Vec<Finding>), VolumeEr
     let read = log::read(volume.root().as_fd(), volume.keys())?;
     let mut findings = Vec::new();
     let mut say = |fault, text| {
-        findings.push(Finding { fault, place: vec![log::NAMES[0].into()], ..detail(text) });
+        findings.push(Finding { fault, place: Place::root().below(log::NAMES[0].as_bytes(), None), ..detail(text) });
     };
     if read.lost > 0 {
         say(Fault::Log, format!("{} of its records are lost", read.lost));
@@ -194,24 +190,11 @@ impl<'a> Check<'a> {
     }
 
     fn report(&self, fault: Fault, place: &Arc<Place>, entry: Option<(&[u8], Option<&[u8]>)>, more: Finding) {
-        let (mut path, mut plain) = (Vec::new(), Vec::new());
-        let mut known = true;
-        if let Some((name, decrypted)) = entry {
-            path.push(name.to_vec());
-            known &= decrypted.is_some();
-            plain.push(decrypted.unwrap_or_default().to_vec());
-        }
-        let mut at = place;
-        while let Some(parent) = &at.parent {
-            path.push(at.name.clone());
-            known &= at.plain.is_some();
-            plain.push(at.plain.clone().unwrap_or_default());
-            at = parent;
-        }
-        path.reverse();
-        plain.reverse();
-        let plain = (self.request.names && known).then_some(plain);
-        (self.found)(Finding { fault, place: path, plain, ..more });
+        let place = match entry {
+            Some((name, plain)) => place.below(name, plain.map(<[u8]>::to_vec)),
+            None => place.clone(),
+        };
+        (self.found)(Finding { fault, place, ..more });
     }
 
     fn report_entry(&self, fault: Fault, entry: &Entry<'_>, more: Finding) {
@@ -231,7 +214,7 @@ impl<'a> Check<'a> {
         }
         self.request.progress.directories.fetch_add(1, Ordering::Relaxed);
         let ino = storage::stat_fd(fd.as_fd()).map_or(0, |stat| stat.st_ino);
-        let is_root = place.parent.is_none();
+        let is_root = place.depth() == 0;
         let keys = match DirKeys::load(fd.as_fd(), self.volume.keys()) {
             Ok(keys) if is_root && keys.id() != self.volume.root_dir().id() => None,
             Ok(keys) => Some(keys),
@@ -284,15 +267,8 @@ impl<'a> Check<'a> {
 
     /// Whether a directory is still to be reached by the names that led to it.
     fn reached(&self, place: &Arc<Place>, ino: u64) -> bool {
-        let mut path = Vec::new();
-        let mut at = place;
-        while let Some(parent) = &at.parent {
-            path.push(at.name.clone());
-            at = parent;
-        }
-        path.reverse();
         let root = self.volume.root().as_fd();
-        storage::open_dir_below(root, &path.join(&b'/'))
+        storage::open_dir_below(root, &place.names().join(&b'/'))
             .and_then(|fd| storage::stat_fd(fd.as_fd()))
             .is_ok_and(|stat| stat.st_ino == ino)
     }
@@ -306,12 +282,19 @@ impl<'a> Check<'a> {
         for (name, _) in raw.iter().filter(|(name, _)| !names::is_entry(name)) {
             let name = name.as_slice();
             if name == format::DIR_HEADER.as_bytes() || (is_root && belongs_in_root(name)) {
+                let planted = name == format::QUARANTINE.as_bytes()
+                    && !storage::stat(fd.as_fd(), name)
+                        .is_ok_and(|stat| storage::file_type(&stat) == FileType::Directory);
+                if planted {
+                    self.report(Fault::Planted, place, Some((name, None)), detail("move it away by hand".into()));
+                }
                 continue;
             }
             let stat = storage::stat(fd.as_fd(), name);
+            let is = |kind| stat.is_ok_and(|stat| storage::file_type(&stat) == kind);
             let more = Finding { ino: stat.map_or(0, |stat| stat.st_ino), ..nothing() };
             let fault = if name.starts_with(format::TEMPORARY_PREFIX.as_bytes()) {
-                let kept = stat.is_ok_and(|stat| storage::file_type(&stat) == FileType::Directory)
+                let kept = is(FileType::Directory)
                     && !storage::open_dir(fd.as_fd(), name)
                         .is_ok_and(|fd| super::dir::is_empty(fd.as_fd()).unwrap_or(false));
                 if kept { Fault::Displaced } else { Fault::Leftover }
@@ -319,7 +302,8 @@ impl<'a> Check<'a> {
                 if all.contains([format::LONG_PREFIX.as_bytes(), hash].concat().as_slice()) {
                     continue;
                 }
-                Fault::SidecarOrphan
+                // Anything else under such a name is not ours to remove.
+                if is(FileType::Symlink) { Fault::SidecarOrphan } else { Fault::Foreign }
             } else {
                 Fault::Foreign
             };
@@ -341,7 +325,7 @@ impl<'a> Check<'a> {
             }
             other => other?,
         };
-        let place = Arc::new(Place { parent: Some(root.clone()), name: format::OVERFLOW_DIR.into(), plain: None });
+        let place = root.below(format::OVERFLOW_DIR.as_bytes(), None);
         let known = lock(&self.tails);
         storage::read_dir(overflow.as_fd(), 0, |entry| {
             if entry.name == b"." || entry.name == b".." {
@@ -364,15 +348,7 @@ impl<'a> Check<'a> {
 
 /// A finding of which only the kind and the place are to be said.
 pub fn nothing() -> Finding {
-    Finding {
-        fault: Fault::Foreign,
-        place: Vec::new(),
-        plain: None,
-        object: None,
-        ino: 0,
-        blocks: Vec::new(),
-        detail: None,
-    }
+    Finding { fault: Fault::Foreign, place: Place::root(), object: None, ino: 0, blocks: Vec::new(), detail: None }
 }
 
 fn detail(text: String) -> Finding {

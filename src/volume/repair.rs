@@ -76,7 +76,7 @@ pub fn repair(volume: &Volume, findings: &[Finding]) -> Result<Vec<Outcome>, Vol
     // From the leaves up: what is done to a directory changes the paths below it.
     todo.sort_by_key(|n| {
         let finding = &findings[*n];
-        (std::cmp::Reverse(finding.place.len()), order(finding.fault))
+        (std::cmp::Reverse(finding.place.depth()), order(finding.fault))
     });
     let mut outcomes = vec![Outcome::Left; findings.len()];
     // Files of which the contents were saved: not once for each of their names.
@@ -109,7 +109,8 @@ fn one(volume: &Volume, finding: &Finding, saved: &mut HashMap<u64, String>) -> 
     ) {
         return Ok(None);
     }
-    let at = finding.place.as_slice();
+    let at = finding.place.names();
+    let at = at.as_slice();
     let (parent, name) = match at.split_last() {
         Some((name, parents)) => (open_place(volume, parents)?, name.as_slice()),
         None => (open_place(volume, &[])?, b".".as_slice()),
@@ -154,10 +155,16 @@ fn one(volume: &Volume, finding: &Finding, saved: &mut HashMap<u64, String>) -> 
             rename(volume, parent, &keys, name, at).map(Some)
         }
         Fault::Leftover => {
-            if let Err(Errno::ISDIR | Errno::PERM) = storage::unlink(parent, name) {
-                dir::discard(parent, std::str::from_utf8(name).map_err(|_| Errno::INVAL)?);
+            match storage::unlink(parent, name) {
+                Err(Errno::ISDIR | Errno::PERM) => {
+                    dir::discard(parent, std::str::from_utf8(name).map_err(|_| Errno::INVAL)?);
+                }
+                other => other?,
             }
-            Ok(Some("removed".into()))
+            match storage::stat(parent, name) {
+                Err(Errno::NOENT) => Ok(Some("removed".into())),
+                _ => Err(Errno::NOTEMPTY.into()),
+            }
         }
         Fault::SidecarOrphan => {
             storage::unlink(parent, name)?;

@@ -172,14 +172,8 @@ fn walk(
             };
             let ino = storage::stat_fd(file.as_fd())?.st_ino;
             let Some(id) = claimed(file.as_fd())?.into_iter().find(|id| subjects.contains_key(id)) else { continue };
-            if !moved {
-                // A number is given out again: what was removed and put back from a backup may have it, and is another file.
-                let born = storage::born(file.as_fd())?;
-                let is_it =
-                    |subject: &Subject| subject.ino == ino && (subject.born == born || subject.born == 0 || born == 0);
-                if !subjects.get(&id).is_some_and(is_it) {
-                    continue;
-                }
+            if !moved && !subjects.get(&id).map_or(Ok(false), |subject| is_it(subject, file.as_fd()))? {
+                continue;
             }
             // Two names of one file are one file.
             if found.get(&id).is_some_and(|other| other.ino != ino) {
@@ -192,6 +186,21 @@ fn walk(
     }
     found.retain(|id, _| !twice.contains(id));
     Ok(found)
+}
+
+/// Whether records about this subject are about this very file, in the volume that they were written in.
+fn is_it(subject: &Subject, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    // A number is given out again: what was removed and put back from a backup may have it, and is another file.
+    let (ino, born) = (storage::stat_fd(file)?.st_ino, storage::born(file)?);
+    Ok(subject.ino == ino && (subject.born == born || subject.born == 0 || born == 0))
+}
+
+/// Whether a replay in a volume whose root has this identity would use these records of a file's object on this file.
+pub(super) fn meant_for(records: &[Record], root: u64, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    match records.last() {
+        None => Ok(false),
+        Some(last) => Ok(last.subject.root != root || is_it(&last.subject, file)?),
+    }
 }
 
 /// The objects that a file's static headers claim to be of.

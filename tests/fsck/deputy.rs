@@ -220,3 +220,20 @@ fn a_file_deeper_than_any_path_is_replayed() {
     v.umount();
     clean(&v);
 }
+
+/// A check judges a file as the next mount will: what a replay would not do to it excuses nothing.
+#[test]
+fn the_log_excuses_only_the_file_that_it_is_about() {
+    let Crashed { v, backing, backup, .. } = crashed();
+    // Restored as another file, and damaged in a block that the log holds for the one that was there.
+    copy(&v, &backup, &backing.with_file_name("restored"));
+    fs::rename(backing.with_file_name("restored"), &backing).unwrap();
+    let file = OpenOptions::new().write(true).open(&backing).unwrap();
+    file.write_all_at(b"damage", 512 + 4124 * 2 + 100).unwrap();
+    let run = v.cli(&["fsck", "backing", "--json"]);
+    run.is_code(21);
+    assert_eq!(kinds(&run.json(), "findings"), ["block", "unclean"], "{}", run.out);
+    v.mount(&[]);
+    assert!(fs::read(v.at("dir/file")).is_err());
+    v.umount();
+}

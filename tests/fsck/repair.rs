@@ -263,6 +263,14 @@ fn cases() -> Vec<Case> {
             recovered: none,
         },
         Case {
+            name: "a file under a sidecar's name",
+            damage: |w| fs::write(w.find("dir").join("lethefs.name.abc"), "somebody's").unwrap(),
+            found: &["foreign"],
+            left: &["foreign"],
+            gone: &[],
+            recovered: none,
+        },
+        Case {
             name: "planted: a FIFO",
             damage: |w| {
                 let at = w.find("small");
@@ -565,8 +573,15 @@ fn a_planted_quarantine_is_not_written_to() {
         put(&world.find("full"), 0, &[0; 256]);
         let run = world.fsck(&["--repair"]);
         run.is_code(21);
-        let line = &run.json()["findings"][0];
-        assert!(line["fault"] == "header" && line["problem"].is_string(), "{what}: {line}");
+        let report = run.json();
+        let mut lines = report["findings"].as_array().unwrap().iter();
+        let line = lines.find(|line| line["fault"] == "header").unwrap();
+        assert!(line["problem"].is_string(), "{what}: {line}");
+        assert_eq!(
+            kinds(&report, "left").contains(&"planted".to_owned()),
+            what == "a symlink to a directory",
+            "{what}"
+        );
         assert_eq!(fs::read_to_string(&outside).unwrap(), "precious", "{what}");
         assert_eq!(fs::read_dir(world.v.path("home")).unwrap().count(), 0, "{what}");
         assert!(world.find("full").exists(), "{what}");

@@ -83,7 +83,7 @@ fn damaged(vault: &Vault, dir: &Path) {
 
 fn findings(volume: &Volume) -> Vec<Finding> {
     let found = Mutex::new(Vec::new());
-    let request = check::Request { live: None, names: false, threads: 1, progress: &Progress::default() };
+    let request = check::Request { live: None, threads: 1, progress: &Progress::default() };
     check::check(volume, &request, &|finding| found.lock().unwrap().push(finding)).unwrap();
     found.into_inner().unwrap()
 }

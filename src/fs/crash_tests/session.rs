@@ -75,10 +75,15 @@ pub(super) fn mount(vault: &Vault, dir: &Path, setup: Setup) -> Result<Filesyste
 /// Whatever a crash left is clean, to begin with and after each step of the recovery.
 fn fsck(volume: &Volume, when: &str) -> Result<(), String> {
     let found = Mutex::new(Vec::new());
-    let request = check::Request { live: None, names: false, threads: 1, progress: &check::Progress::default() };
+    let request = check::Request { live: None, threads: 1, progress: &check::Progress::default() };
     check::check(volume, &request, &|finding| {
         if !finding.fault.is_note() {
-            found.lock().unwrap().push(format!("{:?} at {:?} ({:?})", finding.fault, finding.place, finding.detail));
+            found.lock().unwrap().push(format!(
+                "{:?} at {:?} ({:?})",
+                finding.fault,
+                finding.place.names(),
+                finding.detail
+            ));
         }
     })
     .map_err(|error| format!("{when}: no check: {error}"))?;

@@ -1,7 +1,10 @@
 //! What can be found, and what to say about it: one table (docs/CLI.md has it for people).
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
+use super::Place;
 use crate::crypto::ObjectId;
 
 /// A kind of finding.
@@ -196,10 +199,8 @@ impl Fault {
 pub struct Finding {
     /// Its kind.
     pub fault: Fault,
-    /// Names in the backing directory, from the root down; none: the root itself.
-    pub place: Vec<Vec<u8>>,
-    /// Plaintext names, as far as they are known and wanted.
-    pub plain: Option<Vec<Vec<u8>>>,
+    /// Where it is.
+    pub place: Arc<Place>,
     /// The object, if its header opened.
     pub object: Option<ObjectId>,
     /// Backing inode number.

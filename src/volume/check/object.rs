@@ -3,7 +3,7 @@
 use super::*;
 use crate::keyring::Dek;
 use crate::volume::file::check::Copies;
-use crate::volume::{Damage, link, node, xattr};
+use crate::volume::{Damage, link, node, replay, xattr};
 
 /// How often something that a live mount may be changing is looked at before it is believed to be wrong.
 const LOOKS: u32 = 4;
@@ -53,7 +53,7 @@ impl<'a> Check<'a> {
         let counter = match storage::file_type(&stat) {
             FileType::Directory => {
                 let plain = entry.plain.take();
-                let place = Arc::new(Place { parent: Some(place.clone()), name: name.to_vec(), plain });
+                let place = place.below(name, plain);
                 let parent = dir.clone();
                 return scope.spawn(move |scope| self.below(scope, &place, parent));
             }
@@ -79,7 +79,7 @@ impl<'a> Check<'a> {
         if self.over() {
             return;
         }
-        let opened = storage::open_dir(parent.as_fd(), place.name.as_slice());
+        let opened = storage::open_dir(parent.as_fd(), place.name());
         drop(parent);
         match opened {
             Ok(fd) => self.directory(scope, place, &Arc::new(fd)),
@@ -291,7 +291,10 @@ impl<'a> Check<'a> {
             // What it holds can be looked at once it has its own back.
             return Ok(());
         }
-        let records = self.records.get(&header.dek.object()).map_or(&[][..], Vec::as_slice);
+        let mut records = self.records.get(&header.dek.object()).map_or(&[][..], Vec::as_slice);
+        if !replay::meant_for(records, self.root, fd)? {
+            records = &[];
+        }
         let state = match FileState::load_with(self.volume, fd, records) {
             Ok(state) => state,
             Err(VolumeError::Damaged(damage)) => {
