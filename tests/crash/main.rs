@@ -18,6 +18,10 @@ use support::disk::Disk;
 use support::volume::TestVolume;
 use support::writers::{self, Harm, Random, Worker};
 
+/// Bytes of a disk that no round fills, of which only what is written is taken: what a full one does is another test
+/// (tests/mounted/full.rs), and a replay may have to wait for space then (docs/SEMANTICS.md).
+const ROOMY: u64 = 4 << 30;
+
 /// How the end comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -139,6 +143,10 @@ fn rounds(v: &TestVolume, disk: Option<&Disk>, end: End) {
         if let Subject::Lethefs(v) = &subject {
             check_backing(v, When::Crashed);
         }
+        if let Subject::Lethefs(v) = &subject {
+            let space = rustix::fs::statvfs(v.backing()).unwrap();
+            eprintln!("round {round}: {} MiB free in the backing filesystem", (space.f_bavail * space.f_frsize) >> 20);
+        }
         subject.mount();
         let found: Vec<Vec<Harm>> = workers
             .iter()
@@ -179,13 +187,13 @@ fn kill_9_under_load() {
 #[test]
 fn power_cut_on_ext4() {
     let v = TestVolume::new();
-    let disk = Disk::new(&v, "ext4");
+    let disk = Disk::with(&v, "ext4", ROOMY, "");
     rounds(&v, Some(&disk), End::PowerCut);
 }
 
 #[test]
 fn power_cut_on_xfs() {
     let v = TestVolume::new();
-    let disk = Disk::new(&v, "xfs");
+    let disk = Disk::with(&v, "xfs", ROOMY, "");
     rounds(&v, Some(&disk), End::PowerCut);
 }
