@@ -7,7 +7,9 @@
 //!   left in the arena, and every later call fails with [`KeyringError::Sealed`];
 //! - a [`Dek`] is not a key but a proof: the wrapped DEK of a header that did authenticate. It can be kept for ever.
 //!
-//! Leases, renewal and further KMS slots are coming to this room; today the KEK is fetched once, at mount.
+//! How long keys may be held without a new proof that the key service still gives them is [`lease`]'s to say.
+
+pub mod lease;
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
