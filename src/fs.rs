@@ -4,7 +4,8 @@
 //! - [`inode`] node ids, where each object is in the backing tree, its open descriptor and state;
 //! - [`core`] the shared part; [`namespace`] names; [`data`] contents; [`attributes`] stat and xattrs;
 //! - `check` what a check of a live volume needs; `damage` what is told of damage;
-//! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads, purging.
+//! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads;
+//! - [`gate`] who may pass, and [`seal`] how a live mount is sealed, purged and opened again.
 
 pub mod adapter;
 pub mod attributes;
@@ -15,6 +16,8 @@ mod crash_tests;
 mod damage;
 pub mod data;
 pub mod errno;
+pub mod gate;
 pub mod inode;
 pub mod namespace;
+pub mod seal;
 pub mod session;

@@ -169,6 +169,23 @@ struct Keks {
     lowest: u32,
 }
 
+impl Keks {
+    fn take_in(&mut self, volume: &VolumeId, scope: u32, version: u32, kek: &Key32) {
+        let filled = self.arena.insert(kek_tag(scope, version), |slot| {
+            kek.expose(|bytes| {
+                slot[..32].copy_from_slice(bytes);
+                derive(bytes, KekLabel::Wrap, volume, scope, version, &mut slot[32..64]);
+                derive(bytes, KekLabel::Volume, volume, scope, version, &mut slot[64..96]);
+                derive(bytes, KekLabel::Log, volume, scope, version, &mut slot[96..128]);
+            });
+            Ok::<_, std::convert::Infallible>(())
+        });
+        let Ok(()) = filled;
+        self.held.retain(|held| (held.scope, held.version) != (scope, version));
+        self.held.push(KekSlot { scope, version });
+    }
+}
+
 /// The keys of one volume. See the module's text.
 pub struct Keyring {
     volume: VolumeId,
@@ -197,22 +214,26 @@ impl Keyring {
     /// [`KeyringError::Sealed`].
     pub fn admit(&self, scope: u32, version: u32, kek: &Key32, current: bool) -> Result<(), KeyringError> {
         let mut keks = self.keks_mut()?;
-        let volume = self.volume;
-        keks.arena.insert(kek_tag(scope, version), |slot| {
-            kek.expose(|bytes| {
-                slot[..32].copy_from_slice(bytes);
-                derive(bytes, KekLabel::Wrap, &volume, scope, version, &mut slot[32..64]);
-                derive(bytes, KekLabel::Volume, &volume, scope, version, &mut slot[64..96]);
-                derive(bytes, KekLabel::Log, &volume, scope, version, &mut slot[96..128]);
-            });
-            Ok::<_, KeyringError>(())
-        })?;
-        keks.held.retain(|held| (held.scope, held.version) != (scope, version));
-        keks.held.push(KekSlot { scope, version });
+        keks.take_in(&self.volume, scope, version, kek);
         if current {
             keks.current = (scope, version);
         }
         Ok(())
+    }
+
+    /// Opens a wiped ring again with these KEKs, the last of which is current. An open ring stays as it is.
+    pub fn reopen(&self, keks: &[(u32, u32, &Key32)]) {
+        let mut held = write(&self.keks);
+        if self.sealed().is_none() {
+            return;
+        }
+        held.held.clear();
+        for (scope, version, kek) in keks {
+            held.take_in(&self.volume, *scope, *version, kek);
+            held.current = (*scope, *version);
+        }
+        // Under the guard: a wipe that comes now waits for it, and finds what was taken in.
+        self.closed.store(0, Ordering::SeqCst);
     }
 
     /// Refuses objects wrapped under lower KEK versions from now on.
@@ -316,14 +337,16 @@ impl Keyring {
         read(&self.keks).held.iter().map(|held| (held.scope, held.version)).collect()
     }
 
-    /// Closes the ring and wipes every key. When this returns no closure runs and none will.
+    /// Closes the ring and wipes every key. When this returns no closure runs and none will, until somebody opens the ring
+    /// [again](Self::reopen).
     pub fn wipe(&self, reason: SealReason) {
         let code = match reason {
             SealReason::Revoked => 1,
             SealReason::Expired => 2,
             SealReason::Unmounted => 3,
         };
-        let _ = self.closed.compare_exchange(0, code, Ordering::SeqCst, Ordering::SeqCst);
+        // The newer reason counts: an expired lease may turn out to be a revoked key.
+        self.closed.store(code, Ordering::SeqCst);
         write(&self.keks).arena.wipe();
         for shard in &self.shards {
             write(shard).wipe();

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, RwLockReadGuard};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
@@ -17,6 +17,7 @@ use fuser::{
 use super::attributes::{Attributes, Changes, SetTime, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
+use super::gate::{Phase, Way};
 use crate::volume::storage;
 
 /// Nobody else changes the volume while it is mounted (its lock sees to that), so what the kernel knows stays true.
@@ -42,12 +43,91 @@ impl Adapter {
         Self { fs, no_open: false, no_opendir: false }
     }
 
-    /// What every operation begins with: counting, and refusing once the keys are gone.
+    /// What every operation begins with: counting, and refusing once the mount is being sealed.
     fn enter(&self) -> Outcome<()> {
         self.fs.counters.requests.fetch_add(1, Ordering::Relaxed);
-        self.fs.check_open()
+        Ok(self.fs.gate.check()?)
+    }
+
+    /// The same for what brings data out of the kernel.
+    fn enter_writing(&self) -> Outcome<RwLockReadGuard<'_, ()>> {
+        self.fs.counters.requests.fetch_add(1, Ordering::Relaxed);
+        Ok(self.fs.gate.write()?)
+    }
+
+    /// Sends what came of a request, unless the mount was sealed meanwhile. Whether it sent the outcome.
+    fn answer<R: Refuse, T>(&self, reply: R, outcome: Outcome<T>, send: impl FnOnce(R, T)) -> bool {
+        self.answer_by(false, reply, outcome, |reply, value, _| send(reply, value))
+    }
+
+    fn answer_by<R: Refuse, T>(
+        &self,
+        draining: bool,
+        reply: R,
+        outcome: Outcome<T>,
+        send: impl FnOnce(R, T, Duration),
+    ) -> bool {
+        let mut reply = Some(reply);
+        let failed = match outcome {
+            Err(failed) => failed,
+            Ok(value) => {
+                let sent = self.fs.gate.answer(draining, |way| {
+                    let keep = if way == Way::Open { FOREVER } else { Duration::ZERO };
+                    if let Some(reply) = reply.take() {
+                        send(reply, value, keep);
+                    }
+                });
+                match sent {
+                    Ok(()) => return true,
+                    Err(reason) => reason.into(),
+                }
+            }
+        };
+        if let Some(reply) = reply {
+            reply.refuse(errno(failed));
+        }
+        false
+    }
+
+    /// An entry is a reference of the kernel's, which it does not have if it is not told.
+    fn answer_entry(&self, reply: ReplyEntry, outcome: Outcome<Attributes>) {
+        let ino = outcome.as_ref().ok().map(|found| found.ino);
+        let sent = self.answer(reply, outcome, |reply, found| {
+            reply.entry(&FOREVER, &attr(&found), Generation(found.generation));
+        });
+        if let (false, Some(ino)) = (sent, ino) {
+            self.fs.forget(ino, 1);
+        }
+    }
+
+    fn answer_empty(&self, reply: ReplyEmpty, outcome: Outcome<()>) {
+        self.answer(reply, outcome, |reply, ()| reply.ok());
+    }
+
+    /// A value in the two-step manner of getxattr(2): its length for `size` 0, else the value or `ERANGE`.
+    fn answer_value(&self, reply: ReplyXattr, size: u32, outcome: Outcome<Vec<u8>>) {
+        self.answer(reply, outcome, |reply, value| match value.len() {
+            length if size == 0 => reply.size(length as u32),
+            length if length > size as usize => reply.error(Errno::ERANGE),
+            _ => reply.data(&value),
+        });
     }
 }
+
+/// A reply that can say no.
+trait Refuse {
+    fn refuse(self, errno: Errno);
+}
+
+macro_rules! refuse {
+    ($($reply:ty),*) => { $(impl Refuse for $reply {
+        fn refuse(self, errno: Errno) {
+            self.error(errno);
+        }
+    })* };
+}
+
+refuse!(ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyXattr);
 
 fn caller(req: &Request) -> Caller {
     Caller { uid: req.uid(), gid: req.gid() }
@@ -109,37 +189,6 @@ fn set_time(time: TimeOrNow) -> SetTime {
     }
 }
 
-fn reply_entry(reply: ReplyEntry, outcome: Outcome<Attributes>) {
-    match outcome {
-        Ok(found) => reply.entry(&FOREVER, &attr(&found), Generation(0)),
-        Err(failed) => reply.error(errno(failed)),
-    }
-}
-
-fn reply_attr(reply: ReplyAttr, outcome: Outcome<Attributes>) {
-    match outcome {
-        Ok(found) => reply.attr(&FOREVER, &attr(&found)),
-        Err(failed) => reply.error(errno(failed)),
-    }
-}
-
-fn reply_empty(reply: ReplyEmpty, outcome: Outcome<()>) {
-    match outcome {
-        Ok(()) => reply.ok(),
-        Err(failed) => reply.error(errno(failed)),
-    }
-}
-
-/// A value in the two-step manner of getxattr(2): its length for `size` 0, else the value or `ERANGE`.
-fn reply_value(reply: ReplyXattr, size: u32, outcome: Outcome<Vec<u8>>) {
-    match outcome {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(value) => reply.data(&value),
-        Err(failed) => reply.error(errno(failed)),
-    }
-}
-
 impl fuser::Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // One at a time: an older kernel lacks some, and each stands on its own.
@@ -170,8 +219,10 @@ impl fuser::Filesystem for Adapter {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.enter().and_then(|()| self.fs.lookup(parent.0, name.as_bytes())) {
-            Ok(Some(found)) => reply.entry(&FOREVER, &attr(&found), Generation(0)),
-            Ok(None) => reply.entry(&FOREVER, &nothing(), Generation(0)),
+            Ok(None) => {
+                self.answer(reply, Ok(()), |reply, ()| reply.entry(&FOREVER, &nothing(), Generation(0)));
+            }
+            Ok(Some(found)) => self.answer_entry(reply, Ok(found)),
             Err(failed) => reply.error(errno(failed)),
         }
     }
@@ -181,9 +232,16 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        // The root's attributes stay available after a seal, so that the mount can be looked at and unmounted.
-        let allowed = if ino.0 == super::inode::ROOT { Ok(()) } else { self.enter() };
-        reply_attr(reply, allowed.and_then(|()| self.fs.getattr(ino.0)));
+        if ino.0 == super::inode::ROOT {
+            // The root's attributes stay available after a seal, so that the mount can be looked at and unmounted.
+            return match self.fs.getattr(ino.0) {
+                Ok(found) if self.enter().is_ok() => reply.attr(&FOREVER, &attr(&found)),
+                Ok(found) => reply.attr(&Duration::ZERO, &attr(&found)),
+                Err(failed) => reply.error(errno(failed)),
+            };
+        }
+        let found = self.enter().and_then(|()| self.fs.getattr(ino.0));
+        self.answer(reply, found, |reply, found| reply.attr(&FOREVER, &attr(&found)));
     }
 
     fn setattr(
@@ -205,38 +263,42 @@ impl fuser::Filesystem for Adapter {
         reply: ReplyAttr,
     ) {
         let changes = Changes { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
-        reply_attr(reply, self.enter().and_then(|()| self.fs.setattr(caller(req), ino.0, changes)));
+        match self.enter_writing() {
+            Err(failed) => reply.error(errno(failed)),
+            Ok(_in_flight) => {
+                let changed = self.fs.setattr(caller(req), ino.0, changes);
+                self.answer_by(true, reply, changed, |reply, found, keep| reply.attr(&keep, &attr(&found)));
+            }
+        }
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.enter().and_then(|()| self.fs.readlink(ino.0)) {
-            Ok(target) => reply.data(&target),
-            Err(failed) => reply.error(errno(failed)),
-        }
+        let target = self.enter().and_then(|()| self.fs.readlink(ino.0));
+        self.answer(reply, target, |reply, target| reply.data(&target));
     }
 
     fn mknod(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
         let made = self.enter().and_then(|()| self.fs.mknod(caller(req), parent.0, name.as_bytes(), mode, umask, rdev));
-        reply_entry(reply, made);
+        self.answer_entry(reply, made);
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let made = self.enter().and_then(|()| self.fs.mkdir(caller(req), parent.0, name.as_bytes(), mode, umask));
-        reply_entry(reply, made);
+        self.answer_entry(reply, made);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(reply, self.enter().and_then(|()| self.fs.unlink(parent.0, name.as_bytes())));
+        self.answer_empty(reply, self.enter().and_then(|()| self.fs.unlink(parent.0, name.as_bytes())));
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(reply, self.enter().and_then(|()| self.fs.rmdir(parent.0, name.as_bytes())));
+        self.answer_empty(reply, self.enter().and_then(|()| self.fs.rmdir(parent.0, name.as_bytes())));
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target = target.as_os_str().as_bytes();
         let made = self.enter().and_then(|()| self.fs.symlink(caller(req), parent.0, name.as_bytes(), target));
-        reply_entry(reply, made);
+        self.answer_entry(reply, made);
     }
 
     fn rename(
@@ -253,11 +315,11 @@ impl fuser::Filesystem for Adapter {
         let renamed = self
             .enter()
             .and_then(|()| self.fs.rename(parent.0, name.as_bytes(), newparent.0, newname.as_bytes(), flags));
-        reply_empty(reply, renamed);
+        self.answer_empty(reply, renamed);
     }
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        reply_entry(reply, self.enter().and_then(|()| self.fs.link(ino.0, newparent.0, newname.as_bytes())));
+        self.answer_entry(reply, self.enter().and_then(|()| self.fs.link(ino.0, newparent.0, newname.as_bytes())));
     }
 
     fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -268,8 +330,10 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
-    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.enter() {
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let entered = self.enter();
+        // A seal itself opens the root. Nothing is learned from that.
+        match if ino.0 == super::inode::ROOT { Ok(()) } else { entered } {
             Err(failed) => reply.error(errno(failed)),
             Ok(()) if self.no_opendir => reply.error(Errno::ENOSYS),
             Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR),
@@ -295,11 +359,8 @@ impl fuser::Filesystem for Adapter {
             if plain.len() < size {
                 plain.resize(size, 0);
             }
-            // A seal between reading and replying must not let plaintext out.
-            match self.fs.read(ino.0, offset, &mut plain[..size]).and_then(|n| self.fs.check_open().map(|()| n)) {
-                Ok(n) => reply.data(&plain[..n]),
-                Err(failed) => reply.error(errno(failed)),
-            }
+            let read = self.fs.read(ino.0, offset, &mut plain[..size]);
+            self.answer(reply, read, |reply, n| reply.data(&plain[..n]));
         });
     }
 
@@ -316,9 +377,16 @@ impl fuser::Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.enter().and_then(|()| self.fs.write(ino.0, offset, data, kill)) {
+        // The guard goes first and the answer second: whoever waits for writes waits for what they do, not for who asked.
+        let written = self.enter_writing().and_then(|_in_flight| self.fs.write(ino.0, offset, data, kill));
+        match written {
             Ok(()) => reply.written(data.len() as u32),
-            Err(failed) => reply.error(errno(failed)),
+            Err(failed) => {
+                if matches!(self.fs.gate.phase(), Phase::Closed(_)) {
+                    self.fs.dropped(ino.0, data.len() as u64);
+                }
+                reply.error(errno(failed));
+            }
         }
     }
 
@@ -328,11 +396,19 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
-        reply_empty(reply, self.enter().and_then(|()| self.fs.fsync(ino.0, datasync)));
+        let synced = self.enter_writing().and_then(|_in_flight| self.fs.fsync(ino.0, datasync));
+        match synced {
+            Ok(()) => reply.ok(),
+            Err(failed) => reply.error(errno(failed)),
+        }
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
-        reply_empty(reply, self.enter().and_then(|()| self.fs.fsync(ino.0, datasync)));
+        let synced = self.enter_writing().and_then(|_in_flight| self.fs.fsync(ino.0, datasync));
+        match synced {
+            Ok(()) => reply.ok(),
+            Err(failed) => reply.error(errno(failed)),
+        }
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -341,10 +417,7 @@ impl fuser::Filesystem for Adapter {
                 !reply.add(INodeNo(entry.ino), entry.next, file_type(entry.kind), OsStr::from_bytes(&entry.name))
             })
         });
-        match read {
-            Ok(()) => reply.ok(),
-            Err(failed) => reply.error(errno(failed)),
-        }
+        self.answer(reply, read, |reply, ()| reply.ok());
     }
 
     fn readdirplus(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
@@ -360,17 +433,15 @@ impl fuser::Filesystem for Adapter {
                     // Not to be believed, and reported: not shown.
                     None => return true,
                 };
-                let full = reply.add(attributes.ino, entry.next, name, &FOREVER, &attributes, Generation(0));
+                let generation = Generation(entry.found.as_ref().map_or(0, |found| found.generation));
+                let full = reply.add(attributes.ino, entry.next, name, &FOREVER, &attributes, generation);
                 if let (true, Some(found)) = (full, &entry.found) {
                     self.fs.forget(found.ino, 1);
                 }
                 !full
             })
         });
-        match read {
-            Ok(()) => reply.ok(),
-            Err(failed) => reply.error(errno(failed)),
-        }
+        self.answer(reply, read, |reply, ()| reply.ok());
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
@@ -399,19 +470,19 @@ impl fuser::Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply_empty(reply, self.enter().and_then(|()| self.fs.setxattr(ino.0, name, value, flags)));
+        self.answer_empty(reply, self.enter().and_then(|()| self.fs.setxattr(ino.0, name, value, flags)));
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        reply_value(reply, size, self.enter().and_then(|()| self.fs.getxattr(ino.0, name)));
+        self.answer_value(reply, size, self.enter().and_then(|()| self.fs.getxattr(ino.0, name)));
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        reply_value(reply, size, self.enter().and_then(|()| self.fs.listxattr(ino.0)));
+        self.answer_value(reply, size, self.enter().and_then(|()| self.fs.listxattr(ino.0)));
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(reply, self.enter().and_then(|()| self.fs.removexattr(ino.0, name)));
+        self.answer_empty(reply, self.enter().and_then(|()| self.fs.removexattr(ino.0, name)));
     }
 
     fn create(
@@ -436,11 +507,13 @@ impl fuser::Filesystem for Adapter {
                     self.fs.setattr(caller(req), made.ino, changes).inspect_err(|_| self.fs.forget(made.ino, 1))
                 }
             });
-        match made {
-            Ok(made) => {
-                reply.created(&FOREVER, &attr(&made), Generation(0), FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-            }
-            Err(failed) => reply.error(errno(failed)),
+        let ino = made.as_ref().ok().map(|made| made.ino);
+        let sent = self.answer(reply, made, |reply, made| {
+            let generation = Generation(made.generation);
+            reply.created(&FOREVER, &attr(&made), generation, FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+        });
+        if let (false, Some(ino)) = (sent, ino) {
+            self.fs.forget(ino, 1);
         }
     }
 }

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{StatVfs, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
@@ -41,6 +42,8 @@ pub struct Attributes {
     pub size: u64,
     /// Device number of a device.
     pub device: u64,
+    /// What the kernel holds of an object under another generation is not this one's.
+    pub generation: u64,
 }
 
 /// A time to set.
@@ -101,8 +104,14 @@ impl Filesystem {
 
     /// Plaintext attributes from a backing stat.
     pub(super) fn attributes(&self, inode: &Arc<Inode>, stat: Stat) -> Outcome<Attributes> {
-        let mut attributes =
-            Attributes { stat, ino: inode.ino, kind: Type::Regular, size: stat.st_size as u64, device: 0 };
+        let mut attributes = Attributes {
+            stat,
+            ino: inode.ino,
+            kind: Type::Regular,
+            size: stat.st_size as u64,
+            device: 0,
+            generation: inode.generation.load(Ordering::Relaxed),
+        };
         match inode.kind {
             Kind::Directory => attributes.kind = Type::Directory,
             Kind::Regular => {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard, RwLockWriteGu
 use std::time::{Duration, Instant};
 
 use super::errno::Failed;
+use super::gate::Gate;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
 use crate::keyring::Dek;
 use crate::volume::dir::DirKeys;
@@ -60,6 +61,8 @@ pub struct Filesystem {
     pub acl: bool,
     /// Counters.
     pub counters: Counters,
+    /// Who may pass.
+    pub gate: Gate,
     /// Who we are: files made by others are handed over to them.
     pub owner: Caller,
     pub(super) started: Instant,
@@ -74,7 +77,6 @@ pub struct Filesystem {
     checkpointing: Mutex<()>,
     stop: Mutex<bool>,
     stopped: Condvar,
-    purging: Mutex<bool>,
 }
 
 impl Filesystem {
@@ -90,6 +92,7 @@ impl Filesystem {
             fds: FdCache::new(fds),
             acl,
             counters: Counters::default(),
+            gate: Gate::new(),
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),
             grumbles: Limiter::default(),
@@ -99,7 +102,6 @@ impl Filesystem {
             checkpointing: Mutex::new(()),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
-            purging: Mutex::new(false),
         }
     }
 
@@ -109,14 +111,6 @@ impl Filesystem {
     /// `ESTALE` for one that the kernel should have forgotten.
     pub fn inode(&self, ino: u64) -> Outcome<Arc<Inode>> {
         self.inodes.get(ino).ok_or(Failed::raw(libc::ESTALE))
-    }
-
-    /// Refuses everything once the keys are gone.
-    ///
-    /// # Errors
-    /// `EKEYREVOKED` or `EKEYEXPIRED`.
-    pub fn check_open(&self) -> Outcome<()> {
-        self.volume.keys().sealed().map_or(Ok(()), |reason| Err(reason.into()))
     }
 
     /// Classifies a backing entry. Damage is the caller's to report.
@@ -645,15 +639,6 @@ impl Filesystem {
         }
         drop(guard);
         self.inodes.let_go(inode);
-    }
-
-    /// Runs `purge` once in the life of the mount. Whoever comes second waits until it is done.
-    pub fn purge_once(&self, purge: impl FnOnce()) {
-        let mut done = lock(&self.purging);
-        if !*done {
-            purge();
-            *done = true;
-        }
     }
 }
 

@@ -43,6 +43,14 @@ impl Filesystem {
         Ok(())
     }
 
+    /// A write was refused because the mount is sealed: the program was told long ago that all is well.
+    pub fn dropped(&self, ino: u64, bytes: u64) {
+        self.gate.note_dropped(bytes);
+        if let Some(inode) = self.inodes.get(ino) {
+            inode.generation.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     /// truncate. A file whose header is lost can be cut to nothing, and is then a new file.
     ///
     /// # Errors

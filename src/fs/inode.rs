@@ -93,6 +93,9 @@ pub struct Inode {
     /// A new file whose name no flush has covered yet, as far as is known. It was given after the making, so fdatasync need
     /// not bring it to the medium.
     pub unnamed: AtomicBool,
+    /// Rises when data that the kernel held was refused: what it still holds of the object is then not the object any more,
+    /// and descriptors that are open get `EIO` (fuse_stale_inode in fs/fuse/fuse_i.h).
+    pub generation: AtomicU64,
 }
 
 impl Inode {
@@ -112,6 +115,7 @@ impl Inode {
             sync_failed: AtomicI32::new(0),
             removed: AtomicBool::new(false),
             unnamed: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
         }
     }
 }

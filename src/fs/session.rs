@@ -1,13 +1,13 @@
-//! Mounting, the worker threads, sealing and purging, unmounting.
+//! Mounting, the worker threads, unmounting.
 //!
 //! We mount ourselves (mount(2) as root, fusermount3 otherwise) and hand the descriptor to fuser: its own unmount as root
 //! loses the mount (fuser issue 686), and INC_EPOCH needs the descriptor.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
@@ -16,16 +16,13 @@ use serde::Serialize;
 
 use super::adapter::Adapter;
 use super::core::Filesystem;
+use super::seal::SealReport;
 use crate::keyring::SealReason;
 use crate::volume::storage::Errno;
 use crate::volume::{Volume, VolumeError, check};
 
 /// The type in /proc/mounts.
 pub const FS_TYPE: &str = "fuse.lethefs";
-
-/// FUSE_NOTIFY_INVAL_INODE and FUSE_NOTIFY_INC_EPOCH (include/uapi/linux/fuse.h).
-const NOTIFY_INVAL_INODE: i32 = 2;
-const NOTIFY_INC_EPOCH: i32 = 8;
 
 /// How to mount.
 #[derive(Clone, Debug)]
@@ -72,19 +69,6 @@ impl Default for MountOptions {
     }
 }
 
-/// What a seal did.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct SealReport {
-    /// Whether this call sealed (else it was sealed before).
-    pub sealed_now: bool,
-    /// Inodes whose cached contents and attributes the kernel was told to drop.
-    pub purged_inodes: usize,
-    /// From the call to the wiped keys, in microseconds.
-    pub keys_wiped_us: u64,
-    /// From the call to the last purge, in microseconds.
-    pub purged_us: u64,
-}
-
 /// The mount as it is now.
 #[derive(Clone, Debug, Serialize)]
 pub struct MountStatus {
@@ -106,6 +90,8 @@ pub struct MountStatus {
     pub key_memory: &'static str,
     /// Objects whose keys are cached.
     pub cached_keys: usize,
+    /// Bytes that programs had written and seals refused.
+    pub dropped_bytes: u64,
     /// Why the keys were wiped, if they were.
     pub sealed: Option<SealReason>,
 }
@@ -120,8 +106,9 @@ pub struct Mounted {
 /// What other threads may do with a mount.
 #[derive(Clone)]
 pub struct MountHandle {
-    fs: Arc<Filesystem>,
-    device: Arc<OwnedFd>,
+    pub(super) fs: Arc<Filesystem>,
+    pub(super) device: Arc<OwnedFd>,
+    pub(super) sealing: Arc<Mutex<Option<SealReport>>>,
     mountpoint: Arc<PathBuf>,
 }
 
@@ -142,7 +129,8 @@ impl Mounted {
             let _ = fs.end_log();
         })?;
         let device = Arc::new(fuse.try_clone()?);
-        let handle = MountHandle { fs: fs.clone(), device, mountpoint: Arc::new(mountpoint.to_owned()) };
+        let mountpoint_of = Arc::new(mountpoint.to_owned());
+        let handle = MountHandle { fs: fs.clone(), device, sealing: Arc::default(), mountpoint: mountpoint_of };
         Self::serve(fs, fuse, &handle, options).inspect_err(|_| {
             let _ = unmount_path(mountpoint, true);
         })
@@ -198,35 +186,17 @@ impl MountHandle {
     /// # Errors
     /// `EBUSY`, or the system's.
     pub fn unmount(&self, lazy: bool) -> io::Result<()> {
-        if let Ok(root) = rustix::fs::open(
-            self.mountpoint.as_path(),
-            rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        ) {
+        if let Ok(root) = self.open_root() {
             let _ = rustix::fs::syncfs(&root);
         }
         unmount_path(&self.mountpoint, lazy)
     }
 
-    /// Closes the keyring, then has the kernel drop every page, attribute and entry it caches. From then on everything but
-    /// statfs and the root's stat fails with `EKEYREVOKED` (or `EKEYEXPIRED`); dirty data not yet written out is lost.
-    pub fn seal(&self, reason: SealReason) -> SealReport {
-        let begun = std::time::Instant::now();
-        let sealed_now = self.fs.volume.keys().sealed().is_none();
-        self.fs.volume.keys().wipe(reason);
-        let keys_wiped_us = begun.elapsed().as_micros() as u64;
-        let mut purged_inodes = 0;
-        self.fs.purge_once(|| {
-            let _ = self.notify(NOTIFY_INC_EPOCH, &[]);
-            for ino in self.fs.inodes.all() {
-                // ino, offset, length: all of it.
-                let body: Vec<u8> = [ino, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
-                if self.notify(NOTIFY_INVAL_INODE, &body).is_ok() {
-                    purged_inodes += 1;
-                }
-            }
-        });
-        SealReport { sealed_now, purged_inodes, keys_wiped_us, purged_us: begun.elapsed().as_micros() as u64 }
+    /// The root directory of the mount. It is in use as long as somebody holds this.
+    pub(super) fn open_root(&self) -> io::Result<OwnedFd> {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(self.mountpoint.as_path(), flags, Mode::empty())?)
     }
 
     /// Checks the volume while it is in use, changing nothing. Takes half of the processors.
@@ -243,17 +213,6 @@ impl MountHandle {
         check::check(&self.fs.volume, &request, found)
     }
 
-    /// A notification: struct fuse_out_header with unique 0, its code in the error field.
-    fn notify(&self, code: i32, body: &[u8]) -> io::Result<()> {
-        let mut message = Vec::with_capacity(16 + body.len());
-        message.extend((16 + body.len() as u32).to_ne_bytes());
-        message.extend(code.to_ne_bytes());
-        message.extend(0_u64.to_ne_bytes());
-        message.extend(body);
-        rustix::io::write(self.device.as_fd(), &message)?;
-        Ok(())
-    }
-
     /// The mount as it is now.
     pub fn status(&self) -> MountStatus {
         let fs = &self.fs;
@@ -268,6 +227,7 @@ impl MountHandle {
             integrity_failures: fs.volume.integrity_failures(),
             key_memory,
             cached_keys,
+            dropped_bytes: fs.gate.dropped(),
             sealed: fs.volume.keys().sealed(),
         }
     }

@@ -1,0 +1,219 @@
+//! Sealing a live mount, and opening it again. (DESIGN: the two orders; measured facts in docs/SEMANTICS.md.)
+//!
+//! - *At once*, when the key was revoked: nobody passes the gate → keys wiped → the kernel drops what it caches. What
+//!   programs wrote and the kernel had not passed on is refused, lost, and counted.
+//! - *In order*, when the lease ran out: only dirty data passes → the kernel drops what it caches, and by that sends what is
+//!   dirty → nobody passes → files flushed and sealed → keys wiped.
+
+use std::os::fd::AsFd as _;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::gate::Phase;
+use super::inode::lock;
+use super::session::MountHandle;
+use crate::crypto::Key32;
+use crate::keyring::SealReason;
+
+/// FUSE_NOTIFY_INVAL_INODE and FUSE_NOTIFY_INC_EPOCH (include/uapi/linux/fuse.h).
+const NOTIFY_INVAL_INODE: i32 = 2;
+const NOTIFY_INC_EPOCH: i32 = 8;
+
+/// How long an orderly seal gives the backing filesystem to take what is dirty. Part of the declared bound.
+pub const DRAIN: Duration = Duration::from_secs(30);
+/// How long a seal waits for the kernel to drop what it caches before it reports what is left; the dropping goes on. Part of
+/// the declared bounds.
+pub const PURGE: Duration = Duration::from_secs(10);
+/// Threads that tell the kernel: one page that the kernel waits for must not hold all others up.
+const PURGERS: usize = 4;
+
+/// What a seal did.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SealReport {
+    /// Whether this call sealed (else it was sealed before).
+    pub sealed_now: bool,
+    /// Why.
+    pub reason: SealReason,
+    /// Inodes whose cached contents and attributes the kernel was told to drop.
+    pub purged_inodes: usize,
+    /// Inodes for which the kernel had not yet done so when the time was up.
+    pub left_inodes: usize,
+    /// In order only: everything dirty was taken and flushed in time.
+    pub drained: bool,
+    /// In order only: files that could not be flushed and sealed. What was fsynced of them is safe.
+    pub unflushed_files: usize,
+    /// Bytes that programs had written and that were refused.
+    pub dropped_bytes: u64,
+    /// From the call to the wiped keys, in microseconds.
+    pub keys_wiped_us: u64,
+    /// From the call to the last purge, in microseconds.
+    pub purged_us: u64,
+}
+
+impl MountHandle {
+    /// Closes the gate and the keyring, then has the kernel drop every page, attribute and entry it caches. From then on
+    /// everything but statfs, the root's stat and unmounting fails with `EKEYREVOKED` (or `EKEYEXPIRED`).
+    pub fn seal(&self, reason: SealReason) -> SealReport {
+        let begun = Instant::now();
+        let sealed_now = self.fs.volume.keys().sealed().is_none();
+        let dropped = self.fs.gate.dropped();
+        self.fs.gate.set(Phase::Closed(reason));
+        self.fs.volume.keys().wipe(reason);
+        let keys_wiped_us = micros(begun);
+        let free = self.sealing.try_lock();
+        if let Ok(Some(done)) = free.as_deref() {
+            return SealReport { sealed_now: false, ..*done };
+        }
+        // Not behind an orderly seal that is under way: its keys are gone, and it may wait for a disk.
+        let (purged_inodes, left_inodes) = self.purge(PURGE);
+        let mut done = free.unwrap_or_else(|_| lock(&self.sealing));
+        if let Some(done) = *done {
+            return SealReport { sealed_now, purged_inodes, left_inodes, ..done };
+        }
+        let report = SealReport {
+            sealed_now,
+            reason,
+            purged_inodes,
+            left_inodes,
+            drained: false,
+            unflushed_files: 0,
+            dropped_bytes: self.fs.gate.dropped() - dropped,
+            keys_wiped_us,
+            purged_us: micros(begun),
+        };
+        *done = Some(report);
+        report
+    }
+
+    /// Lets everything dirty through first. If the backing filesystem does not take it within `drain`, the keys go all the
+    /// same, and with them what is dirty.
+    pub fn seal_in_order(&self, reason: SealReason, drain: Duration) -> SealReport {
+        let begun = Instant::now();
+        let dropped = self.fs.gate.dropped();
+        let mut done = lock(&self.sealing);
+        if let Some(done) = *done {
+            return SealReport { sealed_now: false, ..done };
+        }
+        self.fs.gate.set(Phase::Draining(reason));
+        let (tell, told) = channel();
+        let draining = self.clone();
+        // On its own thread: the backing filesystem may never answer.
+        let spawned = std::thread::Builder::new().name("lethefs-drain".into()).spawn(move || {
+            let _ = tell.send(draining.drain(reason, drain));
+        });
+        let drained = match spawned {
+            Ok(_) => told.recv_timeout(drain),
+            Err(_) => Err(RecvTimeoutError::Disconnected),
+        };
+        // Not over the reason of a revocation that came meanwhile.
+        if !matches!(self.fs.gate.phase(), Phase::Closed(_)) {
+            self.fs.gate.set(Phase::Closed(reason));
+        }
+        self.fs.volume.keys().wipe(reason);
+        let keys_wiped_us = micros(begun);
+        // What slipped into the kernel's cache between its purge and the closing.
+        let (purged_inodes, left_inodes) = self.purge(PURGE);
+        let report = SealReport {
+            sealed_now: true,
+            reason,
+            purged_inodes,
+            left_inodes,
+            drained: matches!(drained, Ok(0)),
+            unflushed_files: drained.unwrap_or_else(|_| self.fs.unsealed()),
+            dropped_bytes: self.fs.gate.dropped() - dropped,
+            keys_wiped_us,
+            purged_us: micros(begun),
+        };
+        *done = Some(report);
+        report
+    }
+
+    /// The part of an orderly seal that waits for the backing filesystem. How many files could not be flushed.
+    fn drain(&self, reason: SealReason, patience: Duration) -> usize {
+        // Only to make large requests of what is dirty: it may return before all is answered.
+        if let Ok(root) = self.open_root() {
+            let _ = rustix::fs::syncfs(&root);
+        }
+        // Twice: a write(2) that had looked at the attributes before may dirty a page behind the first one's back.
+        self.purge(patience);
+        self.purge(patience);
+        if self.fs.volume.keys().sealed().is_none() {
+            self.fs.gate.set(Phase::Closed(reason));
+        }
+        self.fs.gate.writes_done();
+        self.fs.seal_all()
+    }
+
+    /// Opens a sealed mount again under these KEKs, which the caller has held against their commitments; the last one is
+    /// current. The kernel caches nothing from before.
+    /// Waits for a seal that is under way.
+    pub fn reopen(&self, keks: &[(u32, u32, &Key32)]) {
+        let mut done = lock(&self.sealing);
+        if done.take().is_some() {
+            self.fs.volume.keys().reopen(keks);
+            self.fs.gate.set(Phase::Open);
+        }
+    }
+
+    /// Has the kernel drop what it caches of every inode. How many it was told of, and how many of them it had not finished
+    /// when the time was up.
+    fn purge(&self, patience: Duration) -> (usize, usize) {
+        let until = Instant::now() + patience;
+        let _ = self.notify(NOTIFY_INC_EPOCH, &[]);
+        let inodes = self.fs.inodes.all();
+        let total = inodes.len();
+        let inodes = Arc::new(Mutex::new(inodes.into_iter()));
+        let (tell, told) = channel();
+        let work = move |handle: &Self, tell: &std::sync::mpsc::Sender<bool>| {
+            loop {
+                let Some(ino) = lock(&inodes).next() else { return };
+                // ino, offset, length: all of it.
+                let body: Vec<u8> = [ino, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+                // Where nobody waits any more, the work is still to be done.
+                let _ = tell.send(handle.notify(NOTIFY_INVAL_INODE, &body).is_ok());
+            }
+        };
+        let spawned = (0..PURGERS).filter(|_| {
+            let (work, handle, tell) = (work.clone(), self.clone(), tell.clone());
+            let thread = std::thread::Builder::new().name("lethefs-purge".into());
+            thread.spawn(move || work(&handle, &tell)).is_ok()
+        });
+        if spawned.count() == 0 {
+            work(self, &tell);
+        }
+        drop(tell);
+        let (mut answered, mut purged) = (0, 0);
+        while answered < total {
+            let Some(left) = until.checked_duration_since(Instant::now()) else { break };
+            match told.recv_timeout(left) {
+                Ok(known) => {
+                    answered += 1;
+                    purged += usize::from(known);
+                }
+                Err(_) => break,
+            }
+        }
+        if answered < total {
+            tracing::error!(left = total - answered, "the kernel has not dropped everything in time; it is being waited for");
+        }
+        (purged, total - answered)
+    }
+
+    /// A notification: struct fuse_out_header with unique 0, its code in the error field.
+    fn notify(&self, code: i32, body: &[u8]) -> std::io::Result<()> {
+        let mut message = Vec::with_capacity(16 + body.len());
+        message.extend((16 + body.len() as u32).to_ne_bytes());
+        message.extend(code.to_ne_bytes());
+        message.extend(0_u64.to_ne_bytes());
+        message.extend(body);
+        rustix::io::write(self.device.as_fd(), &message)?;
+        Ok(())
+    }
+}
+
+fn micros(begun: Instant) -> u64 {
+    begun.elapsed().as_micros() as u64
+}
