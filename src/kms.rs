@@ -335,6 +335,45 @@ pub enum Failure {
     NotDestroyed,
 }
 
+/// What a failed renewal tells a live mount about its key. The only thing that a lease decides by.
+///
+/// Two rules, both for what somebody on the way could do who can cut, delay and redirect but cannot forge the key service's
+/// TLS: he must not be able to seal a mount ([`Standing::Revoked`] needs the service's own, authenticated word), and he must
+/// not be able to keep one open beyond the grace (everything that is not such a word is [`Standing::Uncertain`], which the
+/// grace bounds).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// The key service refuses. Seal now; it may change its mind, so keep asking.
+    Revoked,
+    /// The key is proved gone. Seal now and for ever.
+    Destroyed,
+    /// Nobody who counts has said anything. Keep the state until the grace ends, then seal; keep asking.
+    Uncertain,
+}
+
+impl Failure {
+    /// What this failure means to a mount whose key was good a moment ago. Without a catch-all, so that a new class needs a
+    /// decision here; docs/KMS.md ("Revoked or unreachable") gives the reason for each.
+    pub fn standing(self) -> Standing {
+        match self {
+            Self::Destroyed => Standing::Destroyed,
+            // The service answered, and its answer is no.
+            Self::Denied | Self::Suspended | Self::Unauthenticated => Standing::Revoked,
+            // No proof of a destruction, but a refusal all the same: the right server says that this key does not open.
+            Self::Missing | Self::Recreated => Standing::Revoked,
+            // The wrapped key in hand opened a moment ago and has not changed since: what changed is the service's key.
+            Self::BadData => Standing::Revoked,
+            // May pass, or may be somebody on the way.
+            Self::Unreachable | Self::Unavailable | Self::Untrusted | Self::Protocol => Standing::Uncertain,
+            // This host's own trouble, of which the service knows nothing.
+            Self::Config => Standing::Uncertain,
+            // Answers to other questions than an unwrap.
+            Self::Unsuitable | Self::NotDestroyed => Standing::Uncertain,
+        }
+    }
+}
+
 /// A failure of a key service: its class, one line for people, and what the service said.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -408,4 +447,25 @@ fn not_built(uri: &KeyUri) -> KmsError {
         Failure::Config,
         format!("this build of lethefs cannot talk to {uri}: rebuild it with that provider's feature"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_service_s_own_word_seals_a_mount_at_once() {
+        use Failure::{
+            BadData, Config, Denied, Destroyed, Missing, NotDestroyed, Protocol, Recreated, Suspended, Unauthenticated,
+            Unavailable, Unreachable, Unsuitable, Untrusted,
+        };
+        for refusal in [Denied, Suspended, Unauthenticated, Missing, Recreated, BadData] {
+            assert_eq!(refusal.standing(), Standing::Revoked, "{refusal:?}");
+        }
+        assert_eq!(Destroyed.standing(), Standing::Destroyed);
+        // What somebody on the way can bring about, and what is this host's own trouble.
+        for uncertain in [Unreachable, Unavailable, Untrusted, Protocol, Config, Unsuitable, NotDestroyed] {
+            assert_eq!(uncertain.standing(), Standing::Uncertain, "{uncertain:?}");
+        }
+    }
 }
