@@ -13,7 +13,17 @@ use std::rc::Rc;
 use rustix::fs::{self as sys, RenameFlags};
 use rustix::path::Arg;
 
-use super::Result;
+use super::{Errno, Result};
+
+/// Says which calls fail, by the call, the object's number and the offset.
+pub(crate) type Rule = Box<dyn Fn(Call, u64, u64) -> Option<Errno>>;
+
+/// Calls that a test can have fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    Write,
+    Reserve,
+}
 
 /// What was done. Objects by number; names in the backing directory.
 #[derive(Clone, Debug)]
@@ -105,6 +115,7 @@ struct Simulation {
     numbers: Option<Numbers>,
     recording: bool,
     trace: Vec<Op>,
+    rule: Option<Rule>,
 }
 
 thread_local! {
@@ -132,6 +143,20 @@ pub(crate) fn record(on: bool) {
 /// For other threads, which look on and change nothing.
 pub(crate) fn numbers() -> Option<Numbers> {
     SIMULATION.with_borrow(|s| s.numbers.clone())
+}
+
+/// From now on, on this thread, this decides which calls fail. `None`: none does.
+pub(crate) fn rule(rule: Option<Rule>) {
+    SIMULATION.with_borrow_mut(|s| s.rule = rule);
+}
+
+/// What the rule says.
+fn refused(call: Call, fd: BorrowedFd<'_>, offset: u64) -> Result<()> {
+    if SIMULATION.with_borrow(|s| s.rule.is_none()) {
+        return Ok(());
+    }
+    let ino = ino(fd);
+    SIMULATION.with_borrow(|s| s.rule.as_ref().and_then(|rule| rule(call, ino, offset))).map_or(Ok(()), Err)
 }
 
 /// How many changes there are in the record.
@@ -201,7 +226,7 @@ pub(crate) mod calls {
     use rustix::path::Arg;
 
     use super::super::{Errno, RenameFlags, Result, Timestamps, changes};
-    use super::{Op, ino, is_exchange, made, note, simulated, text};
+    use super::{Call, Op, ino, is_exchange, made, note, refused, simulated, text};
 
     /// Recorded.
     pub fn create_file(dir: BorrowedFd<'_>, name: impl Arg, mode: u32) -> Result<OwnedFd> {
@@ -279,6 +304,7 @@ pub(crate) mod calls {
 
     /// Recorded.
     pub fn write_at(fd: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> std::result::Result<(), (usize, Errno)> {
+        refused(Call::Write, fd, offset).map_err(|errno| (0, errno))?;
         let written = changes::write_at(fd, bytes, offset);
         let done = written.map_or_else(|(done, _)| done, |()| bytes.len());
         note(|| Op::Write { ino: ino(fd), offset, bytes: bytes[..done].into() });
@@ -307,6 +333,7 @@ pub(crate) mod calls {
 
     /// Changes nothing that could be seen.
     pub fn reserve(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+        refused(Call::Reserve, fd, offset)?;
         if simulated() { Ok(()) } else { changes::reserve(fd, offset, len) }
     }
 
