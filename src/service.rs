@@ -4,6 +4,7 @@
 //!   JSON of docs/CLI.md;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
 //! - [`control`]: the socket of a live mount, both ends; [`record`]: what a live mount leaves in the runtime directory;
+//! - [`custody`]: renewal of the lease on a live mount's key, seal and resume;
 //! - [`daemon`]: going to the background; [`places`]: directories outside the volume; [`mountinfo`]: what is mounted where;
 //! - [`journal`]: the journal of an erase; [`backing`]: locking and walking a backing directory without keys.
 //!
@@ -11,6 +12,7 @@
 
 pub mod backing;
 pub mod control;
+pub mod custody;
 pub mod daemon;
 pub mod erase;
 pub mod fsck;

@@ -129,6 +129,12 @@ pub struct Mount {
     /// POSIX access control lists
     #[arg(long)]
     pub acl: bool,
+    /// Time from one proof that the key service still gives the key to the next [default: 5s]
+    #[arg(long, value_name = "TIME")]
+    pub renew_interval: Option<String>,
+    /// How long to work on while the key service does not answer; 0: not at all [default: 10m]
+    #[arg(long, value_name = "TIME")]
+    pub grace: Option<String>,
     /// Worker threads
     #[arg(long, value_name = "N")]
     pub threads: Option<String>,

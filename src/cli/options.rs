@@ -4,11 +4,12 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::args;
 use crate::fs::session::MountOptions;
 use crate::kms::KeyUri;
-use crate::service::{Error, mount};
+use crate::service::{Error, custody, mount};
 
 /// A mount as asked for.
 pub struct Asked {
@@ -50,7 +51,13 @@ pub fn of_mount(given: &args::Mount) -> Result<Asked, Error> {
     for (_, word) in flags.iter().filter(|(on, _)| *on) {
         apply(&mut asked, word, None)?;
     }
-    let values = [("kms", &given.kms), ("fsname", &given.fsname), ("threads", &given.threads)];
+    let values = [
+        ("kms", &given.kms),
+        ("fsname", &given.fsname),
+        ("threads", &given.threads),
+        ("renew_interval", &given.renew_interval),
+        ("grace", &given.grace),
+    ];
     for (word, value) in values {
         if let Some(value) = value {
             apply(&mut asked, word, Some(value))?;
@@ -75,7 +82,8 @@ pub fn of_helper(given: &args::Helper) -> Result<Asked, Error> {
 fn start(backing: PathBuf, mountpoint: PathBuf) -> Asked {
     // suid and dev are off unless asked for: the backing store's modes are not authenticated.
     let options = MountOptions { suid: false, dev: false, ..MountOptions::default() };
-    let request = mount::Request { backing, mountpoint, trust: false, uri: None, log_file: None, options };
+    let terms = custody::terms(custody::RENEW_INTERVAL, custody::GRACE);
+    let request = mount::Request { backing, mountpoint, trust: false, uri: None, log_file: None, terms, options };
     Asked { request, foreground: false }
 }
 
@@ -122,6 +130,15 @@ fn apply(asked: &mut Asked, word: &str, value: Option<&str>) -> Result<bool, Err
         "kms" => request.uri = Some(parse_uri(needs()?)?),
         "log_file" => request.log_file = Some(absolute(&needs()?.into())?),
         "fsname" => options.fsname = Some(needs()?.to_owned()),
+        "renew_interval" => {
+            let interval = duration(needs()?).filter(|interval| custody::INTERVALS.contains(interval));
+            let wrong = || Error::Usage("renew_interval is a time from 100ms to 24h, as in 5s".into());
+            request.terms = custody::terms(interval.ok_or_else(wrong)?, request.terms.grace);
+        }
+        "grace" => {
+            let wrong = || Error::Usage("grace is a time, as in 10m, or 0 for none".into());
+            request.terms = custody::terms(request.terms.interval, duration(needs()?).ok_or_else(wrong)?);
+        }
         "threads" => {
             let threads = needs()?.parse().ok().filter(|n| (1..=64).contains(n));
             options.threads = Some(threads.ok_or_else(|| Error::Usage("threads is a number from 1 to 64".into()))?);
@@ -164,6 +181,13 @@ pub fn parse_uri(text: &str) -> Result<KeyUri, Error> {
     Ok(text.parse()?)
 }
 
+/// A time: `5s`, `1m 30s`, `500ms`, or plain seconds. At most a hundred years: nobody's clock overflows.
+fn duration(text: &str) -> Option<Duration> {
+    let text = if text.bytes().all(|byte| byte.is_ascii_digit()) { format!("{text}s") } else { text.to_owned() };
+    let given: jiff::SignedDuration = text.parse().ok()?;
+    Duration::try_from(given).ok().filter(|given| *given <= Duration::from_secs(100 * 365 * 24 * 3600))
+}
+
 /// The daemon changes its directory.
 fn absolute(path: &OsString) -> Result<PathBuf, Error> {
     std::path::absolute(path).map_err(|source| Error::Io { what: "no working directory".into(), source })
@@ -192,7 +216,8 @@ mod tests {
             let word = flag.replace('-', "_");
             let value = match word.as_str() {
                 "kms" => Some("file:///k"),
-                "threads" => Some("2"),
+                "threads" | "grace" => Some("2"),
+                "renew_interval" => Some("1m 30s"),
                 "log_file" | "fsname" => Some("x"),
                 _ => None,
             };
@@ -215,9 +240,16 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_named() {
-        for (words, part) in
-            [("fly", "\"fly\""), ("ro=1", "takes no value"), ("threads=0", "1 to 64"), ("kms", "needs a value")]
-        {
+        for (words, part) in [
+            ("fly", "\"fly\""),
+            ("ro=1", "takes no value"),
+            ("threads=0", "1 to 64"),
+            ("kms", "needs a value"),
+            ("renew_interval=1ms", "100ms to 24h"),
+            ("renew_interval=-5s", "100ms"),
+            ("grace=soon", "10m"),
+            ("grace=9999y", "10m"),
+        ] {
             let error = asked(&["-o", words]).err().expect(words).to_string();
             assert!(error.contains(part), "{error}");
         }

@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use serde::Serialize;
 
 use crate::kms::KeyIdentity;
+use crate::service::custody::CustodyStatus;
 use crate::service::erase::{Plan, Report as EraseReport};
 use crate::service::status::{PinState, Report as StatusReport};
 use crate::service::{fsck, init, keys, mount, umount};
@@ -108,6 +109,17 @@ pub fn status(report: &StatusReport) -> String {
         line("process", &format!("{} since {}", live.pid, live.started));
         line("options", &live.options.join(","));
         line("keys", live.sealed.as_deref().map_or("in use", |why| why));
+        if let Some(custody) = &live.custody {
+            line("lease", &lease(custody));
+            line(
+                "bounds",
+                &format!(
+                    "sealed within {} of a refusal, within {} of the last proof if the key service cannot be reached",
+                    seconds(custody.bound_connected_s),
+                    seconds(custody.bound_partitioned_s)
+                ),
+            );
+        }
         if let Some(counters) = live.counters.as_object() {
             for (name, value) in counters.iter().filter(|(name, value)| *name != "sealed" && !value.is_null()) {
                 let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -122,6 +134,25 @@ pub fn status(report: &StatusReport) -> String {
         line("warning", warning);
     }
     text
+}
+
+/// Where a lease stands, and what comes next.
+fn lease(custody: &CustodyStatus) -> String {
+    let mut text = format!("{} since {}", custody.state, custody.since);
+    if let Some(failure) = &custody.failure {
+        let _ = write!(text, " (key service: {failure})");
+    }
+    if let Some(next) = custody.next_proof_in_s {
+        let _ = write!(text, ", asks again in {}", seconds(next));
+    }
+    if let Some(deadline) = custody.seals_in_s {
+        let _ = write!(text, ", seals in {} without an answer", seconds(deadline));
+    }
+    text
+}
+
+fn seconds(seconds: f64) -> String {
+    format!("{seconds:.1} s")
 }
 
 /// `status` without argument

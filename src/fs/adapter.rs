@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::{Arc, RwLockReadGuard};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, RwLockReadGuard};
 use std::time::{Duration, SystemTime};
 
 use fuser::{

@@ -131,6 +131,11 @@ impl MountHandle {
         report
     }
 
+    /// Whether a seal in order is writing out.
+    pub fn is_draining(&self) -> bool {
+        matches!(self.fs.gate.phase(), Phase::Draining(_))
+    }
+
     /// The part of an orderly seal that waits for the backing filesystem. How many files could not be flushed.
     fn drain(&self, reason: SealReason, patience: Duration) -> usize {
         // Only to make large requests of what is dirty: it may return before all is answered.
@@ -197,7 +202,10 @@ impl MountHandle {
             }
         }
         if answered < total {
-            tracing::error!(left = total - answered, "the kernel has not dropped everything in time; it is being waited for");
+            tracing::error!(
+                left = total - answered,
+                "the kernel has not dropped everything in time; it is being waited for"
+            );
         }
         (purged, total - answered)
     }

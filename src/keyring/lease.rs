@@ -20,9 +20,6 @@ use serde::Serialize;
 /// A time since boot.
 pub type Tick = Duration;
 
-/// While sealed, attempts become rarer: twice the time after each, up to this.
-const RAREST: Duration = Duration::from_secs(60);
-
 /// What was agreed when the volume was mounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
@@ -104,14 +101,12 @@ pub struct Lease {
     proved: Tick,
     /// When the next attempt is due.
     next: Tick,
-    /// The pause after the next unsuccessful attempt while sealed.
-    pause: Duration,
 }
 
 impl Lease {
     /// A lease whose first proof was asked for at `asked`.
     pub fn new(terms: Terms, asked: Tick) -> Self {
-        Self { terms, state: State::Active, proved: asked, next: asked + terms.interval, pause: terms.interval }
+        Self { terms, state: State::Active, proved: asked, next: asked + terms.interval }
     }
 
     /// Where it stands.
@@ -154,16 +149,12 @@ impl Lease {
         match answer {
             Answer::Destroyed => self.close(State::Destroyed, Action::Wipe),
             Answer::Refused => {
-                self.rarer(now);
                 // A seal on request stays one: that the key is refused meanwhile is what is expected.
                 if self.state == State::Held { None } else { self.close(State::Revoked, Action::Wipe) }
             }
             Answer::Nothing => {
                 if self.state == State::Active {
                     self.state = State::Grace;
-                }
-                if !self.state.serves() {
-                    self.rarer(now);
                 }
                 self.passed(now)
             }
@@ -180,7 +171,6 @@ impl Lease {
                     State::Expired | State::Revoked if fresh => {
                         self.state = State::Active;
                         self.proved = asked;
-                        self.pause = self.terms.interval;
                         Some(Action::Resume)
                     }
                     _ => None,
@@ -210,7 +200,6 @@ impl Lease {
         if self.state == State::Held {
             self.state = State::Revoked;
         }
-        self.pause = self.terms.interval;
         self.next = now;
     }
 
@@ -218,7 +207,7 @@ impl Lease {
     pub fn not_resumed(&mut self, now: Tick) {
         if self.state.serves() {
             self.state = State::Revoked;
-            self.rarer(now);
+            self.next = now + self.terms.interval;
         }
     }
 
@@ -226,11 +215,6 @@ impl Lease {
         let served = self.state.serves();
         self.state = state;
         served.then_some(action)
-    }
-
-    fn rarer(&mut self, now: Tick) {
-        self.next = now + self.pause;
-        self.pause = (self.pause * 2).min(RAREST.max(self.terms.interval));
     }
 }
 

@@ -16,6 +16,7 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::custody::CustodyStatus;
 use super::places;
 use super::record::path_text;
 use crate::crypto::VolumeId;
@@ -31,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a client waits for a seal, which drops every cached page.
 const SEAL_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a mount waits for the outcome of a resume: one request's time limit, and some.
+pub(crate) const RESUME_PATIENCE: Duration = Duration::from_secs(30);
 /// Connections served at a time; one more is closed unanswered.
 const MAX_CLIENTS: usize = 8;
 
@@ -42,8 +45,10 @@ pub enum Op {
     Status,
     /// Counters alone.
     Metrics,
-    /// Wipe the keys now. Cannot be undone but by a new mount.
+    /// Wipe the keys now, and keep them away until somebody asks to resume.
     Seal,
+    /// Ask the key service now, and go on if it still gives the key.
+    Resume,
     /// Check the whole volume, changing nothing. Findings and progress come in lines of their own before the answer.
     Fsck,
 }
@@ -94,6 +99,9 @@ pub struct Status {
     pub options: Vec<String>,
     /// Why the keys are wiped, if they are.
     pub sealed: Option<String>,
+    /// The lease on the key.
+    #[serde(default)]
+    pub custody: Option<CustodyStatus>,
     /// Counters of the filesystem.
     pub counters: Value,
 }
@@ -202,7 +210,7 @@ fn respond(
         return refuse("unknown-version", "this mount speaks version 1");
     }
     let Ok(op) = serde_json::from_value(Value::String(request.op)) else {
-        return refuse("unknown-op", "known are status, metrics, seal, fsck");
+        return refuse("unknown-op", "known are status, metrics, seal, resume, fsck");
     };
     match answer(&mut Asked { op, names: request.names, tell }) {
         Ok(value) => Reply { v: VERSION, ok: Some(value), error: None },
@@ -257,7 +265,7 @@ impl Client {
     /// # Errors
     /// The system's, a time-out, or the mount's refusal.
     pub fn ask(self, op: Op) -> io::Result<Value> {
-        let patience = if op == Op::Seal { SEAL_PATIENCE } else { ANSWER_PATIENCE };
+        let patience = if matches!(op, Op::Seal | Op::Resume) { SEAL_PATIENCE } else { ANSWER_PATIENCE };
         self.ask_until(op, Instant::now() + patience)
     }
 

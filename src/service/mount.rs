@@ -18,10 +18,11 @@ use signal_hook::iterator::Signals;
 
 use super::control::{self, Client, Op, Status};
 use super::record::{self, Files, Record, path_text};
-use super::{Error, SCHEMA, backing, fsck, journal, mountinfo, places, trust, umount};
+use super::{Error, SCHEMA, backing, custody, fsck, journal, mountinfo, places, trust, umount};
 use crate::crypto::VolumeId;
 use crate::fs::session::{MountHandle, MountOptions, Mounted};
 use crate::keyring::SealReason;
+use crate::keyring::lease::Terms;
 use crate::kms::{KeyIdentity, KeyUri};
 use crate::sys::process;
 use crate::volume::meta::VolumeFile;
@@ -43,6 +44,8 @@ pub struct Request {
     pub uri: Option<KeyUri>,
     /// Where a mount in the background logs to.
     pub log_file: Option<PathBuf>,
+    /// How long the key may be used without a new proof.
+    pub terms: Terms,
     /// For the filesystem.
     pub options: MountOptions,
 }
@@ -95,7 +98,10 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     let journal = journal::read_backing(&backing);
     let mut warnings = Vec::new();
     let grant = trust::grant(copies, request.trust, request.uri.as_ref())?;
-    let unlock::Unlocked { keys, body, used, repair } = unlock::unlock(&grant, journal.as_ref())?;
+    let asked = custody::tick();
+    let mut unlocked = unlock::unlock(&grant, journal.as_ref())?;
+    let prover = custody::Prover::new(&mut unlocked);
+    let unlock::Unlocked { keys, body, used, repair, .. } = unlocked;
     if let Some(journal) = &journal {
         warnings.push(format!("{}; yet the key still opens this volume", journal.sentence()));
     }
@@ -145,9 +151,14 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     let mounted = Mounted::start(volume, &mountpoint, &request.options)
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
-    let started = serve_control(&files, &record, &report, handle.clone())
+    let keeping = match prover {
+        Some(prover) => custody::Custody::start(prover, request.terms, asked, handle.clone()),
+        None => Err(io::Error::other("no key service")),
+    };
+    let started = keeping
+        .and_then(|custody| serve_control(&files, &record, &report, handle.clone(), custody))
         .and_then(|()| watch_signals(signals, handle.clone(), files.clone(), record.pid))
-        .map_err(Error::io("cannot set up the control socket"))
+        .map_err(Error::io("cannot set up renewal and the control socket"))
         .and_then(|()| ready(&report));
     if started.is_err() {
         let _ = handle.unmount(true);
@@ -312,7 +323,13 @@ fn remember(pin: &trust::Pin, warnings: &mut Vec<String>) -> Result<(), Error> {
     Ok(())
 }
 
-fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountHandle) -> io::Result<()> {
+fn serve_control(
+    files: &Files,
+    record: &Record,
+    report: &Report,
+    handle: MountHandle,
+    custody: Arc<custody::Custody>,
+) -> io::Result<()> {
     let status = Status {
         schema: SCHEMA,
         volume_id: record.volume_id,
@@ -325,6 +342,7 @@ fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountH
         uri: report.uri.to_string(),
         options: report.options.clone(),
         sealed: None,
+        custody: None,
         counters: serde_json::Value::Null,
     };
     let checking = AtomicBool::new(false);
@@ -333,13 +351,14 @@ fn serve_control(files: &Files, record: &Record, report: &Report, handle: MountH
             Op::Status => {
                 let counters = serde_json::to_value(handle.status()).unwrap_or_default();
                 let sealed = counters.get("sealed").and_then(|reason| reason.as_str()).map(str::to_owned);
-                serde_json::to_value(Status { sealed, counters, ..status.clone() })
+                serde_json::to_value(Status { sealed, custody: Some(custody.status()), counters, ..status.clone() })
             }
             Op::Metrics => serde_json::to_value(handle.status()),
             Op::Seal => {
                 tracing::warn!("sealed on request");
-                serde_json::to_value(handle.seal(SealReason::Revoked))
+                serde_json::to_value(custody.hold())
             }
+            Op::Resume => serde_json::to_value(custody.release(control::RESUME_PATIENCE)),
             Op::Fsck => {
                 if checking.swap(true, Ordering::SeqCst) {
                     return Err("a check is under way already".into());
@@ -427,6 +446,7 @@ mod tests {
             uri: String::new(),
             options: Vec::new(),
             sealed: None,
+            custody: None,
             counters: serde_json::Value::Null,
         };
         control::serve(&files.socket, move |_| Ok(serde_json::to_value(&status).expect("JSON"))).expect("served");

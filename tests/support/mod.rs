@@ -1,6 +1,7 @@
 //! What several test binaries share. Each uses a part of it.
 #![allow(dead_code)]
 
+pub(crate) mod at_openbao;
 pub(crate) mod disk;
 pub(crate) mod faulty;
 pub(crate) mod openbao;

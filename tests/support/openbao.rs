@@ -285,6 +285,14 @@ initialize "setup" {{
         self.delete(&format!("transit/keys/{name}"));
     }
 
+    /// Waits until the server's clock has left the second that it is in.
+    pub(crate) fn let_a_second_pass_since_now(&self) {
+        let clock =
+            || self.ask("", Method::GET, "sys/health", &Value::Null).1["server_time_utc"].as_i64().expect("time");
+        let now = clock();
+        wait_for("the next second", || (clock() > now).then_some(()));
+    }
+
     /// Waits until the server's clock has left the second in which the key was made.
     pub(crate) fn let_a_second_pass(&self, name: &str) {
         let info = self.get(&format!("transit/keys/{name}"));

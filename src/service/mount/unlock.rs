@@ -1,7 +1,7 @@
 //! From a volume file that the pin vouches for to an authenticated body and a ring that holds its KEK.
 
 use crate::keyring::{self, Keyring};
-use crate::kms::{self, Binding, Failure, KmsError, Purpose};
+use crate::kms::{self, Binding, Failure, KeySource, KmsError, Purpose};
 use crate::service::Error;
 use crate::service::journal::Journal;
 use crate::service::trust::{Grant, Usable};
@@ -15,6 +15,8 @@ pub(in crate::service) struct Unlocked {
     pub(in crate::service) body: Body,
     /// What opened it.
     pub(in crate::service) used: Usable,
+    /// The key service's client, with its session: for whoever asks it again.
+    pub(in crate::service) source: Option<Box<dyn KeySource>>,
     /// The copies on disk are not both this body.
     pub(in crate::service) repair: bool,
 }
@@ -56,7 +58,8 @@ fn open(grant: &Grant, usable: &Usable) -> Result<Unlocked, Error> {
     let volume = grant.pin.volume_id;
     let (scope, version) = (usable.scope, usable.version);
     let binding = Binding { volume, scope, version, purpose: Purpose::Kek };
-    let kek = kms::source(&usable.uri)?.unwrap(&binding, &usable.slot.wrapped, &usable.slot.identity)?;
+    let source = kms::source(&usable.uri)?;
+    let kek = source.unwrap(&binding, &usable.slot.wrapped, &usable.slot.identity)?;
     if !keyring::same(&keyring::commitment(&volume, scope, version, &kek), &usable.commitment) {
         return Err(MetaError::Unauthentic.into());
     }
@@ -66,7 +69,7 @@ fn open(grant: &Grant, usable: &Usable) -> Result<Unlocked, Error> {
     let authentic: Vec<Option<&Body>> = grant.copies.iter().map(|(copy, _)| copy.authenticate(&keys).ok()).collect();
     let Some(body) = authentic.iter().flatten().next() else { return Err(MetaError::Unauthentic.into()) };
     let both = authentic.len() == 2 && authentic.iter().all(|copy| *copy == Some(*body));
-    Ok(Unlocked { body: (*body).clone(), keys, used: usable.clone(), repair: !both })
+    Ok(Unlocked { body: (*body).clone(), keys, used: usable.clone(), source: Some(source), repair: !both })
 }
 
 /// Adds what the journal of an erase says to a failure that an erase would explain.

@@ -1,0 +1,147 @@
+//! The key service says nothing.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::support::at_openbao::volume;
+use crate::support::openbao::{Server, Storage, wait_for};
+use crate::support::volume::TestVolume;
+use crate::{EKEYEXPIRED, OFTEN, custody, errno, list, peek, wait_for_state};
+
+const BLOCK: usize = 4096;
+
+/// One block, which says whose and which it is.
+fn block(writer: usize, number: usize) -> Vec<u8> {
+    format!("{writer} {number} ").into_bytes().into_iter().cycle().take(BLOCK).collect()
+}
+
+/// Writes blocks one after the other, some appended, some over old ones, never flushed, until that fails. How many it wrote,
+/// and why it ended.
+fn write_on(v: &TestVolume, writer: usize, stop: &AtomicBool) -> (usize, Option<i32>) {
+    let mut file = File::options().create(true).append(true).open(v.at(format!("w{writer}"))).unwrap();
+    let mut number = 0;
+    while !stop.load(Ordering::Relaxed) {
+        if let Err(error) = file.write_all(&block(writer, number)) {
+            return (number, error.raw_os_error());
+        }
+        number += 1;
+        if number % 16 == 0 {
+            std::thread::yield_now();
+        }
+    }
+    (number, None)
+}
+
+/// Every block that a write(2) said yes to.
+fn all_there(v: &TestVolume, writer: usize, written: usize) {
+    let found = fs::read(v.at(format!("w{writer}"))).unwrap();
+    assert!(found.len() >= written * BLOCK, "writer {writer}: {} of {written} blocks", found.len() / BLOCK);
+    for (number, got) in found.chunks(BLOCK).take(written).enumerate() {
+        assert!(got == block(writer, number), "writer {writer}, block {number} of {written}");
+    }
+}
+
+/// The key service goes away in one of three ways while three programs write, and comes back.
+fn outage(away: impl Fn(&mut Server), back: impl Fn(&mut Server)) {
+    let mut server = Server::start(Storage::Raft);
+    let v = volume(&server, "vol");
+    v.mount(&[OFTEN, "--grace=1s"]);
+    fs::write(v.at("read"), vec![5; 1 << 20]).unwrap();
+    let reader = File::open(v.at("read")).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..3)
+            .map(|n| {
+                scope.spawn({
+                    let (v, stop) = (&v, &stop);
+                    move || write_on(v, n, stop)
+                })
+            })
+            .collect();
+        away(&mut server);
+        let sealed = wait_for_state(&v, "expired");
+        let ended: Vec<_> = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
+        let seal =
+            wait_for("the seal's report", || Some(custody(&v)["last_seal"].clone()).filter(|seal| !seal.is_null()));
+        assert_eq!((&seal["drained"], &seal["dropped_bytes"]), (&true.into(), &0.into()), "{seal}");
+        assert_eq!((&seal["reason"], &seal["left_inodes"]), (&"expired".into(), &0.into()), "{seal}");
+        assert!(sealed["next_proof_in_s"].is_number(), "it asks on");
+        assert_eq!(errno(peek(&reader, 5000)), EKEYEXPIRED);
+        assert_eq!(errno(list(&v.mnt())), EKEYEXPIRED);
+        back(&mut server);
+        wait_for_state(&v, "active");
+        assert_eq!(peek(&reader, 5000).unwrap(), 5);
+        for (writer, (written, error)) in ended.iter().enumerate() {
+            assert_eq!(*error, Some(EKEYEXPIRED));
+            all_there(&v, writer, *written);
+        }
+        // And it takes writes again.
+        fs::write(v.at("after"), "new").unwrap();
+        drop(reader);
+        v.remount(&[]);
+        for (writer, (written, _)) in ended.iter().enumerate() {
+            all_there(&v, writer, *written);
+        }
+        assert_eq!(fs::read(v.at("after")).unwrap(), b"new");
+        v.umount();
+    });
+}
+
+#[test]
+fn stopped_for_longer_than_the_grace() {
+    outage(Server::kill, Server::restart);
+}
+
+#[test]
+fn hung_for_longer_than_the_grace() {
+    outage(|server| server.stop(), |server| server.cont());
+}
+
+#[test]
+fn sealed_for_longer_than_the_grace() {
+    outage(|server| server.seal(), Server::restart);
+}
+
+#[test]
+fn shorter_than_the_grace_nobody_notices() {
+    let mut server = Server::start(Storage::Raft);
+    let v = volume(&server, "vol");
+    v.mount(&[OFTEN]);
+    let stop = AtomicBool::new(false);
+    let written = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write_on(&v, 0, &stop));
+        server.kill();
+        let grace = wait_for_state(&v, "grace");
+        assert_eq!(grace["failure"], "unreachable");
+        assert!(grace["seals_in_s"].as_f64().unwrap() > 500.0);
+        server.restart();
+        let back = wait_for_state(&v, "active");
+        assert!(back["last_seal"].is_null());
+        stop.store(true, Ordering::Relaxed);
+        let (written, error) = writer.join().unwrap();
+        assert_eq!(error, None);
+        written
+    });
+    all_there(&v, 0, written);
+    v.umount();
+}
+
+#[test]
+fn a_key_that_is_revoked_while_nobody_could_be_asked() {
+    let mut server = Server::start(Storage::Raft);
+    let v = volume(&server, "vol");
+    v.mount(&[OFTEN, "--grace=1s"]);
+    fs::write(v.at("file"), "x").unwrap();
+    server.delete_key("vol");
+    server.kill();
+    wait_for("the seal", || {
+        let state = custody(&v)["state"].clone();
+        (state == "expired" || state == "revoked" || state == "destroyed").then_some(())
+    });
+    server.restart();
+    wait_for_state(&v, "destroyed");
+    let sealed = fs::read(v.at("file")).unwrap_err().raw_os_error();
+    assert!(matches!(sealed, Some(EKEYEXPIRED | crate::EKEYREVOKED)), "{sealed:?}");
+    v.umount();
+}
