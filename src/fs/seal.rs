@@ -131,6 +131,11 @@ impl MountHandle {
         report
     }
 
+    /// Whether everybody may pass.
+    pub fn is_open(&self) -> bool {
+        self.fs.gate.check().is_ok()
+    }
+
     /// Whether a seal in order is writing out.
     pub fn is_draining(&self) -> bool {
         matches!(self.fs.gate.phase(), Phase::Draining(_))

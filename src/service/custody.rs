@@ -87,7 +87,7 @@ impl Prover {
 /// What `status` says of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CustodyStatus {
-    /// `active`, `grace`, `expired`, `revoked`, `held` or `destroyed`.
+    /// `active`, `grace`, `expired`, `revoked`, `held`, `destroyed`; `sealing` or `resuming` on the way.
     pub state: String,
     /// Since when, RFC 3339.
     pub since: String,
@@ -120,6 +120,8 @@ struct Inner {
     attempts: u64,
     failure: Option<Failure>,
     last_seal: Option<SealReport>,
+    /// Seals and resumes that are due and not done.
+    doing: usize,
 }
 
 /// See the module's text.
@@ -152,6 +154,7 @@ impl Custody {
                 attempts: 0,
                 failure: None,
                 last_seal: None,
+                doing: 0,
             }),
             acting: Mutex::new(()),
             attempted: Condvar::new(),
@@ -221,9 +224,13 @@ impl Custody {
     /// Moves the lease on and does what it says.
     fn step(&self, change: impl FnOnce(&mut Lease) -> Option<Action>) {
         let action = self.change(change);
-        if action.is_none() {
-            return;
+        if action.is_some() {
+            self.act(action);
+            self.inner().doing -= 1;
         }
+    }
+
+    fn act(&self, action: Option<Action>) {
         let _alone = self.acting();
         match action {
             // The lease may have moved on while this waited for its turn: what it says now is what counts.
@@ -249,6 +256,7 @@ impl Custody {
         let before = inner.lease.state();
         let action = change(&mut inner.lease);
         let after = inner.lease.state();
+        inner.doing += usize::from(action.is_some());
         if before != after {
             inner.since = now();
             tracing::warn!(?before, ?after, failure = ?inner.failure, "the lease on the key");
@@ -286,12 +294,13 @@ impl Custody {
 
     /// Seals at once, until somebody asks to resume.
     pub(super) fn hold(&self) -> SealReport {
-        self.change(Lease::hold);
+        let held = self.change(Lease::hold);
         let _alone = if self.handle.is_draining() { None } else { Some(self.acting()) };
         let report = self.handle.seal(SealReason::Revoked);
         if report.sealed_now {
             self.sealed(report);
         }
+        self.inner().doing -= usize::from(held.is_some());
         report
     }
 
@@ -320,7 +329,11 @@ impl Custody {
         let (lease, now) = (&inner.lease, tick());
         let terms = lease.terms();
         CustodyStatus {
-            state: word(&lease.state()),
+            state: match (inner.doing, lease.state().serves()) {
+                (0, _) => word(&lease.state()),
+                (_, true) => "resuming".into(),
+                (_, false) => "sealing".into(),
+            },
             since: inner.since.clone(),
             proved_ago_s: now.saturating_sub(lease.proved()).as_secs_f64(),
             next_proof_in_s: lease.next().map(|next| next.saturating_sub(now).as_secs_f64()),
