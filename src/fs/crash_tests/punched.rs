@@ -64,6 +64,10 @@ fn workloads() -> Vec<(&'static str, Vec<Do>)> {
             vec![Create(a()), Write(a(), 0, 16_384), Allocate(a(), 4096, 4096, PUNCH), Fdatasync(a()), Seal],
         ),
         (
+            "of a file whose name is known, nothing of it logged",
+            vec![Create(a()), Write(a(), 0, 16_384), Fsync(a()), Allocate(a(), 4096, 4096, PUNCH), Fdatasync(a())],
+        ),
+        (
             "and cut, and grown again",
             sealed(vec![Allocate(a(), 4096, 8192, PUNCH), Resize(a(), 9000), Resize(a(), 18_000), Fdatasync(a())]),
         ),
