@@ -1,4 +1,5 @@
 //! The only room with `unsafe`: what neither the standard library nor `rustix` offers safely. Each use says why it is sound.
 
+pub mod extents;
 pub mod process;
 pub mod secret_map;

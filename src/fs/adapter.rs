@@ -390,6 +390,21 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
+    fn fallocate(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        // The kernel leaves setuid and setgid bits to us (FUSE_HANDLE_KILLPRIV_V2), and has no flag for it here.
+        let kill = req.uid() != 0;
+        reply_empty(reply, self.enter().and_then(|()| self.fs.allocate(ino.0, offset, length, mode, kill)));
+    }
+
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
         // "Not needed, do not ask again": the kernel writes dirty pages out before.
         reply.error(Errno::ENOSYS);

@@ -7,6 +7,7 @@
 
 mod directed;
 mod model;
+mod punched;
 mod random;
 mod repaired;
 mod session;

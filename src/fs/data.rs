@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::core::{Filesystem, Outcome};
 use super::errno::Failed;
 use super::inode::{Inode, Kind, Open};
+use crate::volume::file::space::Space;
 use crate::volume::file::{FileState, ReadError};
 use crate::volume::log::Log;
 use crate::volume::storage;
@@ -60,6 +61,36 @@ impl Filesystem {
             return Ok(());
         }
         self.change(inode, |state, open| state.resize(&self.volume, open.fd.as_fd(), size))
+    }
+
+    /// fallocate(2). `mode` as there; `kill_privileges` as for [`write`](Self::write).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for other modes than zero, `KEEP_SIZE`, `PUNCH_HOLE` with it and `ZERO_RANGE`, and where the backing
+    /// filesystem cannot reserve; else as [`write`](Self::write).
+    pub fn allocate(&self, ino: u64, offset: u64, len: u64, mode: i32, kill_privileges: bool) -> Outcome<()> {
+        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+        let space = match mode & !KEEP {
+            0 => Space::Reserved,
+            libc::FALLOC_FL_ZERO_RANGE => Space::Zeros,
+            _ if mode == PUNCH => Space::Hole,
+            _ => return Err(Failed::raw(libc::EOPNOTSUPP)),
+        };
+        let inode = self.inode(ino)?;
+        let waits = self.file(&inode)?.0.as_ref().is_some_and(|state| match space {
+            // A pending cut would give the space back.
+            Space::Reserved | Space::Zeros => state.pending().is_some(),
+            Space::Hole => state.is_crowded(),
+        });
+        if waits {
+            self.commit()?;
+        }
+        let keep_size = mode & KEEP != 0;
+        self.change(&inode, |state, open| {
+            state.allocate(&self.volume, open.fd.as_fd(), space, keep_size, (offset, len))
+        })?;
+        if kill_privileges { self.kill_privileges(&inode) } else { Ok(()) }
     }
 
     /// Does something to a file that may have to be logged.
@@ -174,7 +205,7 @@ impl Filesystem {
         let open = self.open(inode)?;
         if let (Some(log), Some(mark)) = (self.volume.log(), &mark) {
             log.flush(mark.log)?;
-            if (mark.settles || !data_only)
+            if (mark.applies || !data_only)
                 && let Some(state) = self.file_mut(inode)?.0.as_mut()
             {
                 state.apply(open.fd.as_fd(), log.flushed())?;

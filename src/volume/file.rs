@@ -13,6 +13,7 @@ mod change;
 pub mod check;
 mod durable;
 mod gaps;
+pub mod space;
 
 use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
@@ -71,10 +72,13 @@ pub struct FileState {
     overlay: Overlay,
     /// The last record of this file.
     logged: u64,
+    /// Generation of the log that it is in.
+    logged_in: u64,
     /// Writes in place so far, and how many of them a flush has covered.
     in_place: u64,
     in_place_flushed: u64,
-    /// Generation of the log with the last record that cuts: replayed, it would cut what was written in place after it.
+    /// Generation of the log with the last record that, replayed, would undo what was done in place after it: one that
+    /// cuts, or any before a hole was punched.
     cut_in: Option<u64>,
     /// A write failed, and what it left behind the end of the backing file could not be cut off yet.
     leftovers: bool,
@@ -88,7 +92,9 @@ pub struct FlushMark {
     /// The file itself: not all of its contents are in the log.
     pub in_place: bool,
     /// What is pending must be [applied](FileState::apply) before that.
-    pub settles: bool,
+    pub applies: bool,
+    /// After that, earlier records must be made void.
+    settles: bool,
     size: u64,
     cuts: u64,
     writes: u64,
@@ -134,6 +140,7 @@ impl FileState {
             opened: true,
             overlay: Overlay::new(0),
             logged: 0,
+            logged_in: 0,
             in_place: 1,
             in_place_flushed: 0,
             cut_in: None,
@@ -175,6 +182,7 @@ impl FileState {
             opened: false,
             overlay: Overlay::new(size),
             logged: 0,
+            logged_in: 0,
             in_place,
             in_place_flushed: 0,
             cut_in: None,

@@ -4,9 +4,11 @@
 //! All of it is ciphertext: an overlay can be [applied](Overlay::apply) without a key.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use super::file::space::zero_in_place;
 use super::format::{self, BLOCK, BLOCK_OVERHEAD, SEALED_BLOCK};
 use super::header::{MUTABLE_AT, MUTABLE_LEN};
 use super::log::Change;
@@ -17,6 +19,7 @@ enum Op {
     Blocks { first: u64, sealed: Arc<Vec<u8>> },
     Cut { size: u64, tail: Arc<Vec<u8>> },
     Grow { size: u64 },
+    Zeros { first: u64, end: u64, keeps_space: bool },
 }
 
 /// Where a pending block is: the change it belongs to, and its place in it.
@@ -33,6 +36,8 @@ pub(super) struct Overlay {
     blocks: HashMap<u64, Pending>,
     /// The sizes of the pending [`Op::Cut`]s.
     cuts: VecDeque<u64>,
+    /// The blocks of the pending [`Op::Zeros`].
+    zeros: VecDeque<Range<u64>>,
     /// Plaintext size of the backing file as it is.
     disk: u64,
 }
@@ -41,7 +46,7 @@ pub(super) struct Overlay {
 pub(super) enum Holds<'a> {
     /// These sealed bytes, pending.
     Pending(&'a [u8]),
-    /// Nothing: it is beyond what a pending change leaves of the backing file.
+    /// Nothing: a pending change makes it zeros, or leaves less of the backing file.
     Nothing,
     /// What the backing file holds.
     Disk,
@@ -50,7 +55,7 @@ pub(super) enum Holds<'a> {
 impl Overlay {
     /// Over a backing file with this plaintext size.
     pub(super) fn new(disk: u64) -> Self {
-        Self { ops: VecDeque::new(), blocks: HashMap::new(), cuts: VecDeque::new(), disk }
+        Self { ops: VecDeque::new(), blocks: HashMap::new(), cuts: VecDeque::new(), zeros: VecDeque::new(), disk }
     }
 
     /// Whether the backing file is what the file is.
@@ -95,6 +100,18 @@ impl Overlay {
         }
     }
 
+    /// Takes blocks in that become zeros in place, once the record with this number is on the medium. None says so itself.
+    pub(super) fn push_zeros(&mut self, sequence: u64, first: u64, end: u64, keeps_space: bool) {
+        self.blocks.retain(|index, _| !(first..end).contains(index));
+        self.zeros.push_back(first..end);
+        self.ops.push_back((sequence, Op::Zeros { first, end, keeps_space }));
+    }
+
+    /// How many ranges of zeros are pending.
+    pub(super) fn zeros(&self) -> usize {
+        self.zeros.len()
+    }
+
     /// What the file holds at a block.
     pub(super) fn holds(&self, index: u64) -> Holds<'_> {
         if let Some(pending) = self.blocks.get(&index) {
@@ -104,7 +121,11 @@ impl Overlay {
             return Holds::Disk;
         }
         let left = self.cuts.iter().copied().fold(self.disk, u64::min);
-        if index * BLOCK >= left { Holds::Nothing } else { Holds::Disk }
+        if index * BLOCK >= left || self.zeros.iter().any(|range| range.contains(&index)) {
+            Holds::Nothing
+        } else {
+            Holds::Disk
+        }
     }
 
     /// Does every change whose record is on the medium, in order. Those after a failure stay.
@@ -140,6 +161,13 @@ impl Overlay {
                         storage::set_len(fd, format::backing_len(*size))?;
                         self.disk = *size;
                     }
+                    0..0
+                }
+                Op::Zeros { first, end, keeps_space } => {
+                    // What is written there next has its space reserved, and must find it.
+                    let written = || self.blocks.keys().any(|index| (*first..*end).contains(index));
+                    zero_in_place(fd, *first, *end, *keeps_space || written())?;
+                    self.zeros.pop_front();
                     0..0
                 }
             };

@@ -186,8 +186,12 @@ pub fn read_at(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usi
     Ok(done)
 }
 
-/// Whether all of this range is there, so that overwriting it needs no space. Only where the filesystem can tell holes.
+/// Whether all of this range is there, so that overwriting it needs no space: written, or reserved where the filesystem can
+/// tell (its holes are all that the others can).
 pub fn is_allocated(fd: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+    if let Ok(mapped) = crate::sys::extents::is_mapped(fd, offset, len) {
+        return mapped;
+    }
     sys::seek(fd, sys::SeekFrom::Hole(offset)).is_ok_and(|hole| hole >= offset + len)
 }
 

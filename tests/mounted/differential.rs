@@ -12,7 +12,7 @@ use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 
 use crate::bytes;
 use crate::support::volume::TestVolume;
@@ -27,6 +27,7 @@ enum Op {
     Append(usize, usize),
     Read(usize, u64, usize),
     SetLen(usize, u64),
+    Allocate(usize, FallocateFlags, u64, u64),
     Sync(usize),
     Fstat(usize),
     Close(usize),
@@ -124,6 +125,7 @@ impl World {
                 some(digest(&data[..n]))
             }
             Op::SetLen(slot, len) => some(rustix::fs::ftruncate(held(*slot)?, *len)?),
+            Op::Allocate(slot, mode, offset, len) => some(rustix::fs::fallocate(held(*slot)?, *mode, *offset, *len)?),
             Op::Sync(slot) => some(held(*slot)?.sync_all()?),
             Op::Fstat(slot) => some(shown(&held(*slot)?.metadata()?)),
             Op::Close(slot) => some(self.slots[*slot].take().is_some()),
@@ -245,6 +247,10 @@ fn ops() -> impl Strategy<Value = Op> {
         paths().prop_map(PathBuf::into_os_string),
         select(vec![611_usize, 1375, 4095, 4096]).prop_map(|len| OsString::from_vec(vec![b't'; len])),
     ];
+    // What is not offered (docs/SEMANTICS.md) the filesystem below does.
+    let (keep, zero) = (FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE);
+    let punch = FallocateFlags::PUNCH_HOLE;
+    let space = select(vec![punch | keep, punch | keep, punch, zero, zero | keep, keep, FallocateFlags::empty()]);
     let xattr = select(vec![XattrFlags::empty(), XattrFlags::empty(), XattrFlags::CREATE, XattrFlags::REPLACE]);
     prop_oneof![
         6 => (slot(), paths(), flags).prop_map(|(s, p, f)| Op::Open(s, p, f)),
@@ -252,6 +258,7 @@ fn ops() -> impl Strategy<Value = Op> {
         2 => (slot(), len()).prop_map(|(s, l)| Op::Append(s, l)),
         3 => (slot(), offset(), len()).prop_map(|(s, o, l)| Op::Read(s, o, l)),
         3 => (slot(), offset()).prop_map(|(s, l)| Op::SetLen(s, l)),
+        4 => (slot(), space, offset(), len()).prop_map(|(s, m, o, l)| Op::Allocate(s, m, o, l as u64)),
         1 => slot().prop_map(Op::Sync),
         1 => slot().prop_map(Op::Fstat),
         1 => slot().prop_map(Op::Close),

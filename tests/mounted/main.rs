@@ -11,6 +11,7 @@ mod persistence;
 mod posix;
 mod programs;
 mod reader;
+mod space;
 #[path = "../support/mod.rs"]
 mod support;
 mod users;

@@ -82,7 +82,7 @@ impl World {
             self.make(steps);
             return;
         }
-        match self.dice.below(41) {
+        match self.dice.below(43) {
             0..=5 => self.make(steps),
             6..=14 => {
                 if let Some(file) = self.any(&[File]) {
@@ -146,6 +146,12 @@ impl World {
             37 => steps.push(Do::Forget),
             38 => steps.push(Do::Remount),
             39 => steps.push(Do::Cut),
+            40 | 41 => {
+                if let Some(file) = self.any(&[File]) {
+                    let space = self.space(file);
+                    steps.push(space);
+                }
+            }
             _ => steps.push(Do::Die),
         }
     }
@@ -153,7 +159,8 @@ impl World {
     /// A step with a file's contents.
     fn contents(&mut self, steps: &mut Vec<Do>) {
         let Some(file) = self.any(&[Kind::File]) else { return self.make(steps) };
-        steps.push(match self.dice.below(20) {
+        steps.push(match self.dice.below(24) {
+            20..=23 => self.space(file),
             0..=8 => Do::Write(file, self.place(), self.len()),
             9 | 10 => Do::Resize(file, self.place()),
             11..=13 => Do::Fsync(file),
@@ -163,6 +170,13 @@ impl World {
             18 => Do::Seal,
             _ => [Do::Forget, Do::Remount, Do::Die, Do::Cut][self.dice.below(4) as usize].clone(),
         });
+    }
+
+    fn space(&mut self, file: String) -> Do {
+        use libc::{FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE as PUNCH, FALLOC_FL_ZERO_RANGE as ZERO};
+        let mode = [PUNCH | KEEP, PUNCH | KEEP, PUNCH | KEEP, ZERO, ZERO | KEEP, 0][self.dice.below(6) as usize];
+        let len = if self.dice.one_in(3) { 20_000 } else { self.len() };
+        Do::Allocate(file, self.place(), len, mode)
     }
 
     fn make(&mut self, steps: &mut Vec<Do>) {

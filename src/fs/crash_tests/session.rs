@@ -29,6 +29,8 @@ pub(super) enum Do {
     Exchange(String, String),
     Write(String, u64, usize),
     Resize(String, u64),
+    /// fallocate(2) with this mode.
+    Allocate(String, u64, usize, i32),
     SetXattr(String, u8),
     RemoveXattr(String, u8),
     Fsync(String),
@@ -247,6 +249,20 @@ impl<'a> Session<'a> {
                 bytes.resize(*size as usize, 0);
                 let inode = self.fs.inode(node).map_err(failed)?;
                 self.fs.resize(&inode, *size).map_err(failed)?;
+                self.state(begun, node, bytes);
+            }
+            Do::Allocate(path, at, len, mode) => {
+                let Some(node) = self.existing(path)?.filter(|node| self.is_file(*node)) else { return Ok(()) };
+                let mut bytes = (**self.model.bytes(node)).clone();
+                let (at, end) = (*at as usize, *at as usize + len);
+                if mode & libc::FALLOC_FL_KEEP_SIZE == 0 {
+                    bytes.resize(bytes.len().max(end), 0);
+                }
+                if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 && at < bytes.len() {
+                    let end = end.min(bytes.len());
+                    bytes[at..end].fill(0);
+                }
+                self.fs.allocate(node, at as u64, *len as u64, *mode, false).map_err(failed)?;
                 self.state(begun, node, bytes);
             }
             Do::SetXattr(path, n) | Do::RemoveXattr(path, n) => {

@@ -55,7 +55,7 @@ impl Fixture {
         let log = volume.log().unwrap();
         let mark = state.flushing(volume, fd.as_fd()).unwrap();
         log.flush(mark.log).unwrap();
-        if mark.settles {
+        if mark.applies {
             state.apply(fd.as_fd(), log.flushed()).unwrap();
         }
         if let Some(record) = state.flushed(volume, mark).unwrap() {
@@ -449,7 +449,7 @@ fn step(f: &mut Fixture, medium: &mut Medium, states: &mut Vec<Vec<u8>>, op: &Op
                 log.flush(mark.log).unwrap();
             }
             medium.look(f);
-            if mark.settles {
+            if mark.applies {
                 f.apply(f.log().flushed());
             }
             if mark.in_place {

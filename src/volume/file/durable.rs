@@ -48,7 +48,7 @@ impl FileState {
         };
         let (sequence, generation) = log.append(volume.keys(), &subject, &change)?;
         self.overlay.push(sequence, change);
-        self.logged = sequence;
+        (self.logged, self.logged_in) = (sequence, generation);
         Ok(generation)
     }
 
@@ -134,11 +134,12 @@ impl FileState {
             keeping_times(fd, || self.write_header(volume, fd, next))?;
         }
         let in_place = self.in_place > self.in_place_flushed || volume.log().is_none();
-        // Replayed, a record that cuts would cut what is about to be flushed in place.
+        // Replayed, such a record would undo what is about to be flushed in place.
         let cut = self.cut_in.is_some_and(|generation| volume.log().is_some_and(|log| generation >= log.oldest()));
         Ok(FlushMark {
             log: self.logged,
             in_place,
+            applies: in_place && (cut || self.overlay.zeros() > 0),
             settles: in_place && cut,
             size: self.size,
             cuts: self.cuts,

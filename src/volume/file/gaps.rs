@@ -37,6 +37,12 @@ impl Gaps {
         }
     }
 
+    /// These blocks become holes.
+    pub(super) fn punch(&mut self, first: u64, end: u64) {
+        self.fill(first, end);
+        self.add(first * BLOCK, end * BLOCK);
+    }
+
     /// These blocks are written, or cut off.
     pub(super) fn fill(&mut self, first: u64, end: u64) {
         let Some(ranges) = &mut self.0 else { return };
@@ -63,7 +69,13 @@ mod tests {
             let (mut gaps, mut size) = (Gaps::none(), 0_u64);
             let mut holes = [false; 2000];
             for (n, (at, len)) in steps.into_iter().enumerate() {
-                if n % 3 == 0 {
+                if n % 7 == 1 {
+                    let end = (at + len).min(size);
+                    if at < end {
+                        gaps.punch(at, end);
+                        holes[at as usize..end as usize].fill(true);
+                    }
+                } else if n % 3 == 0 {
                     gaps.add(size * BLOCK, (size + len) * BLOCK - 7);
                     holes[size as usize..(size + len) as usize].fill(true);
                     size += len;

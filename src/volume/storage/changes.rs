@@ -91,6 +91,28 @@ pub fn reserve(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
     }
 }
 
+/// The same for a program that asked for it: where the filesystem cannot, that is [`Errno::OPNOTSUPP`].
+pub fn preallocate(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+    sys::fallocate(fd, sys::FallocateFlags::KEEP_SIZE, offset, len)
+}
+
+/// Makes a range zeros that lies within the file: without its space, or with it if `keeps_space`.
+pub fn zero(fd: BorrowedFd<'_>, offset: u64, len: u64, keeps_space: bool) -> Result<()> {
+    let how = if keeps_space { sys::FallocateFlags::ZERO_RANGE } else { sys::FallocateFlags::PUNCH_HOLE };
+    match sys::fallocate(fd, how | sys::FallocateFlags::KEEP_SIZE, offset, len) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        other => return other,
+    }
+    let zeros = [0; 64 << 10];
+    let mut done = 0;
+    while done < len {
+        let n = (len - done).min(zeros.len() as u64);
+        write_at(fd, &zeros[..n as usize], offset + done).map_err(|(_, errno)| errno)?;
+        done += n;
+    }
+    Ok(())
+}
+
 /// fdatasync(2): contents and the size.
 pub fn sync_data(fd: BorrowedFd<'_>) -> Result<()> {
     sys::fdatasync(fd)

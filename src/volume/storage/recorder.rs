@@ -337,6 +337,20 @@ pub(crate) mod calls {
         if simulated() { Ok(()) } else { changes::reserve(fd, offset, len) }
     }
 
+    /// Changes nothing that could be seen.
+    pub fn preallocate(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+        refused(Call::Reserve, fd, offset)?;
+        if simulated() { Ok(()) } else { changes::preallocate(fd, offset, len) }
+    }
+
+    /// Recorded as a write: any of its sectors may be zeros already.
+    pub fn zero(fd: BorrowedFd<'_>, offset: u64, len: u64, keeps_space: bool) -> Result<()> {
+        refused(Call::Write, fd, offset)?;
+        changes::zero(fd, offset, len, keeps_space)?;
+        note(|| Op::Write { ino: ino(fd), offset, bytes: vec![0; len as usize].into() });
+        Ok(())
+    }
+
     /// Recorded.
     pub fn sync_data(fd: BorrowedFd<'_>) -> Result<()> {
         note(|| Op::SyncData { ino: ino(fd) });
