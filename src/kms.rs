@@ -6,16 +6,18 @@
 
 #[cfg(feature = "kms-file")]
 pub mod file;
+mod identity;
+#[cfg(feature = "kms-pkcs11")]
+pub mod pkcs11;
 #[cfg(feature = "kms-transit")]
 pub mod transit;
 pub mod uri;
-
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::crypto::{Key32, VolumeId};
 
+pub use identity::{ForeignIdentity, KeyIdentity, Noted};
 pub use uri::KeyUri;
 
 /// What a wrapped key is bound to at the KMS, so that it opens nowhere else (docs/FORMAT.md section 3).
@@ -59,108 +61,6 @@ impl Binding {
 /// A key as the KMS wrapped it: text that only that KMS key opens. Not secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wrapped(pub String);
-
-/// The facts that identify a KMS key for ever: a key made later under the same name differs in at least one.
-///
-/// Stored in the volume file and in the pin. Holds no address, path or credential: those are the host's business.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "provider", rename_all = "lowercase", deny_unknown_fields)]
-pub enum KeyIdentity {
-    /// A key of an OpenBao or Vault Transit engine.
-    Transit {
-        /// Path of the Transit engine, `transit` by default.
-        engine: String,
-        /// The engine's own id, which stays when the engine is moved and differs when another is put in its place.
-        engine_uuid: String,
-        /// Name of the key in it.
-        key: String,
-        /// Namespace, empty for the root namespace.
-        namespace: String,
-        /// Version of the key that wrapped.
-        key_version: u32,
-        /// When that version was made: Unix time in seconds, by the server's clock.
-        key_version_created: i64,
-        /// The cluster's id as `sys/health` gives it.
-        cluster_id: String,
-        /// Transit's name of the key's type, as in `aes256-gcm96`.
-        key_type: String,
-    },
-    /// A key file on this machine.
-    File {
-        /// Random id inside the key file.
-        key_id: VolumeId,
-        /// When the file was made, RFC 3339.
-        created: String,
-    },
-    /// A key of a service that this program does not know. Kept as it is, and good for nothing.
-    #[serde(untagged)]
-    Foreign(ForeignIdentity),
-}
-
-/// An identity with a `provider` that this program does not know.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "serde_json::Map<String, serde_json::Value>")]
-pub struct ForeignIdentity(serde_json::Map<String, serde_json::Value>);
-
-impl ForeignIdentity {
-    /// What it says the service is.
-    pub fn provider(&self) -> &str {
-        self.0.get("provider").and_then(serde_json::Value::as_str).unwrap_or_default()
-    }
-}
-
-impl TryFrom<serde_json::Map<String, serde_json::Value>> for ForeignIdentity {
-    type Error = &'static str;
-
-    /// Not for services that are known: of those every field must be.
-    fn try_from(fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, Self::Error> {
-        match fields.get("provider").and_then(serde_json::Value::as_str) {
-            None | Some("transit" | "file" | "") => Err("not an identity of a key"),
-            Some(_) => Ok(Self(fields)),
-        }
-    }
-}
-
-impl KeyIdentity {
-    /// What an administrator types to confirm that this very key goes: Transit's key name, a key file's id.
-    pub fn name(&self) -> String {
-        match self {
-            Self::Transit { key, .. } => key.clone(),
-            Self::File { key_id, .. } => key_id.to_string(),
-            Self::Foreign(foreign) => foreign.provider().to_owned(),
-        }
-    }
-
-    /// The same KMS key, whichever of its versions wrapped. (Destroying one destroys the other.)
-    pub fn same_key(&self, other: &Self) -> bool {
-        match (self, other) {
-            (
-                Self::Transit { engine_uuid, key, namespace, cluster_id, .. },
-                Self::Transit { engine_uuid: u, key: k, namespace: n, cluster_id: c, .. },
-            ) => (engine_uuid, key, namespace, cluster_id) == (u, k, n, c),
-            (Self::File { key_id, .. }, Self::File { key_id: other, .. }) => key_id == other,
-            (Self::Foreign(this), Self::Foreign(other)) => this == other,
-            _ => false,
-        }
-    }
-}
-
-/// One line for people, as in "Transit key vol1 (engine transit, cluster 5e…)".
-impl fmt::Display for KeyIdentity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Transit { engine, key, namespace, key_version, cluster_id, .. } => {
-                write!(f, "Transit key {key} version {key_version} (engine {engine}, ")?;
-                if !namespace.is_empty() {
-                    write!(f, "namespace {namespace}, ")?;
-                }
-                write!(f, "cluster {cluster_id})")
-            }
-            Self::File { key_id, .. } => write!(f, "key file with id {key_id}"),
-            Self::Foreign(foreign) => write!(f, "key of a service that is not known here: {}", foreign.provider()),
-        }
-    }
-}
 
 /// A key that the KMS made: once in clear for us, once wrapped for the volume file.
 pub struct MadeKey {
@@ -419,6 +319,8 @@ pub fn source(uri: &KeyUri) -> Result<Box<dyn KeySource>, KmsError> {
     match uri {
         #[cfg(feature = "kms-transit")]
         KeyUri::Transit(key) => Ok(Box::new(transit::Transit::from_env(key)?)),
+        #[cfg(feature = "kms-pkcs11")]
+        KeyUri::Pkcs11(key) => Ok(Box::new(pkcs11::Pkcs11::from_env(key)?)),
         #[cfg(feature = "kms-file")]
         KeyUri::File(path) => Ok(Box::new(file::KeyFile::new(path))),
         #[allow(unreachable_patterns)]
@@ -434,6 +336,8 @@ pub fn admin(uri: &KeyUri) -> Result<Box<dyn KeyAdmin>, KmsError> {
     match uri {
         #[cfg(feature = "kms-transit")]
         KeyUri::Transit(key) => Ok(Box::new(transit::Transit::from_env(key)?)),
+        #[cfg(feature = "kms-pkcs11")]
+        KeyUri::Pkcs11(key) => Ok(Box::new(pkcs11::Pkcs11::from_env(key)?)),
         #[cfg(feature = "kms-file")]
         KeyUri::File(path) => Ok(Box::new(file::KeyFile::new(path))),
         #[allow(unreachable_patterns)]
@@ -443,9 +347,17 @@ pub fn admin(uri: &KeyUri) -> Result<Box<dyn KeyAdmin>, KmsError> {
 
 #[allow(dead_code)]
 fn not_built(uri: &KeyUri) -> KmsError {
+    let feature = match uri {
+        KeyUri::Transit(_) => "kms-transit",
+        KeyUri::Pkcs11(_) => "kms-pkcs11",
+        KeyUri::Aws(_) => "kms-aws",
+        KeyUri::File(_) => "kms-file",
+    };
     KmsError::new(
         Failure::Config,
-        format!("this build of lethefs cannot talk to {uri}: rebuild it with that provider's feature"),
+        format!(
+            "this build of lethefs cannot talk to {uri}: build it with `cargo build --release --features {feature}`"
+        ),
     )
 }
 

@@ -2,7 +2,11 @@
 //!
 //! A URI says which key and nothing else. Addresses and credentials are the host's business and come from the
 //! provider's own environment; a URI that seems to carry a credential is refused, and no message quotes it. Read by
-//! the command line and by whoever reads a pin; [`super::source`] turns a URI into a provider.
+//! the command line and by whoever reads a pin; [`super::source`] turns a URI into a provider. Every build knows every
+//! scheme, whichever providers are in it, so that a pin or a message means the same everywhere.
+
+mod aws;
+mod pkcs11;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -12,12 +16,19 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use aws::AwsKey;
+pub use pkcs11::TokenKey;
+
 /// Which key, without address or credentials: those come from the provider's own environment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum KeyUri {
     /// `hashivault://KEY?engine=transit`
     Transit(TransitKey),
+    /// `pkcs11:token=…;object=…`
+    Pkcs11(Box<TokenKey>),
+    /// `awskms:///ARN?region=…`
+    Aws(AwsKey),
     /// `file:///path`, an absolute path.
     File(PathBuf),
 }
@@ -39,7 +50,10 @@ pub struct BadUri(String);
 const DEFAULT_ENGINE: &str = "transit";
 
 /// Schemes of services that the design foresees.
-const NOT_YET: &[&str] = &["awskms", "gcpkms", "azurekeyvault", "pkcs11", "kmip"];
+const NOT_YET: &[&str] = &["gcpkms", "azurekeyvault", "kmip"];
+
+/// What there is, for messages.
+const SCHEMES: &str = "hashivault://, awskms://, pkcs11: or file://";
 
 /// Parts of a parameter's name that mark its value as a credential. `pin` is RFC 7512's.
 const CREDENTIALS: &[&str] =
@@ -59,14 +73,19 @@ impl FromStr for KeyUri {
         if scheme.is_empty() || scheme.len() > 32 || !scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             return bad("a key URI begins with its scheme, as in hashivault://KEY or file:///PATH");
         }
+        // `token=` is the name of a token there, and its own parser knows what a PIN is called.
+        if scheme == "pkcs11" {
+            return pkcs11::parse(rest).map(|key| Self::Pkcs11(Box::new(key)));
+        }
         refuse_credentials(rest)?;
         match scheme {
             "hashivault" => transit(rest).map(Self::Transit),
+            "awskms" => aws::parse(rest).map(Self::Aws),
             "file" => file(rest).map(Self::File),
-            _ if NOT_YET.contains(&scheme) => bad(format!(
-                "`{scheme}:` is a known key service, but it is not built in yet: use hashivault:// or file://"
-            )),
-            _ => bad(format!("unknown key URI scheme `{scheme}`: use hashivault:// or file://")),
+            _ if NOT_YET.contains(&scheme) => {
+                bad(format!("`{scheme}:` is a known key service, but it is not built in yet: use {SCHEMES}"))
+            }
+            _ => bad(format!("unknown key URI scheme `{scheme}`: use {SCHEMES}")),
         }
     }
 }
@@ -80,7 +99,7 @@ fn refuse_credentials(rest: &str) -> Result<(), BadUri> {
                  environment, never from a URI");
         }
     }
-    // `?` and `&` for queries, `;` for pkcs11 attributes. In the path of a key file this may refuse too much; such a
+    // `;` is in use for it, too. In the path of a key file this may refuse too much; such a
     // path can be written with %26 and %3B.
     for parameter in rest.split(['?', '&', ';']).skip(1) {
         let name = parameter.split('=').next().unwrap_or_default();
@@ -216,6 +235,8 @@ impl fmt::Display for KeyUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Transit(TransitKey { engine, key }) => write!(f, "hashivault://{key}?engine={engine}"),
+            Self::Pkcs11(key) => key.fmt(f),
+            Self::Aws(key) => key.fmt(f),
             Self::File(path) => {
                 f.write_str("file://")?;
                 write_path(path, f)
@@ -283,10 +304,8 @@ mod tests {
             ("openbao://vol1", "unknown key URI scheme `openbao`"),
             ("HASHIVAULT://vol1", "unknown key URI scheme `HASHIVAULT`"),
             ("vault://vol1", "unknown key URI scheme `vault`"),
-            ("awskms:///arn?region=x", "`awskms:` is a known key service, but it is not built in yet"),
-            ("gcpkms://projects/p", "`gcpkms:` is a known"),
+            ("gcpkms://projects/p", "`gcpkms:` is a known key service, but it is not built in yet"),
             ("azurekeyvault://v/keys/k", "`azurekeyvault:` is a known"),
-            ("pkcs11:object=k", "`pkcs11:` is a known"),
             ("kmip://h/1", "`kmip:` is a known"),
             ("hashivault:vol1", "written hashivault://KEY"),
             ("hashivault://", "empty part"),
@@ -384,7 +403,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_panics(text in "(hashivault|file|pkcs11)?(:|://|:///)?[ -~é%]{0,40}") {
+        fn no_text_panics(text in "(hashivault|file|pkcs11|awskms)?(:|://|:///)?[ -~é%]{0,40}") {
             if let Ok(uri) = text.parse::<KeyUri>() {
                 prop_assert_eq!(uri.to_string().parse::<KeyUri>(), Ok(uri));
             }

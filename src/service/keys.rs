@@ -49,7 +49,7 @@ pub fn check(uri: &KeyUri) -> Result<(Report, Option<Error>), Error> {
     let trial = match uri {
         // Making a key under a key file could create the file.
         KeyUri::File(_) => None,
-        KeyUri::Transit(_) => Some(try_out(&*source)?),
+        KeyUri::Transit(_) | KeyUri::Pkcs11(_) | KeyUri::Aws(_) => Some(try_out(&*source)?),
     };
 
     let reached = described.as_ref().err().map_or(Some(true), reached);

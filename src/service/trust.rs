@@ -12,7 +12,6 @@ use super::{SCHEMA, places};
 use crate::crypto::VolumeId;
 use crate::crypto::ids::{hex, unhex};
 use crate::keyring;
-use crate::kms::uri::TransitKey;
 use crate::kms::{KeyIdentity, KeyUri};
 use crate::volume::meta::{Body, KeyState, Slot, VolumeFile};
 
@@ -171,7 +170,7 @@ impl Pin {
         self.label.clone_from(&body.label);
         let usable = body.scope().keks.iter().filter(|kek| kek.state != KeyState::Destroyed);
         self.lowest_version = self.lowest_version.max(usable.map(|kek| kek.version).min().unwrap_or(1));
-        self.learn(body, |slot| rebuilt_uri(&slot.identity));
+        self.learn(body, |slot| slot.identity.uri());
     }
 
     fn learn(&mut self, body: &Body, uri_of: impl Fn(&Slot) -> Option<KeyUri>) {
@@ -366,8 +365,8 @@ fn first_sight(body: &Body, uri: Option<&KeyUri>) -> Result<Found, TrustError> {
     let pin = Pin::of(body, |slot| match (&slot.identity, uri) {
         (KeyIdentity::File { .. }, Some(uri @ KeyUri::File(_))) => Some(uri.clone()),
         (KeyIdentity::File { .. }, _) => None,
-        (identity, None) => rebuilt_uri(identity),
-        (identity, Some(uri)) => rebuilt_uri(identity).filter(|rebuilt| rebuilt == uri),
+        (identity, None) => identity.uri(),
+        (identity, Some(uri)) => Some(uri.clone()).filter(|uri| identity.is_named_by(uri)),
     });
     if pin.slots().next().is_some() {
         let path = places::trust_dir().map_err(TrustError::NoPlace)?.join(body.volume_id.to_string());
@@ -403,18 +402,9 @@ fn with_uri(mut found: Found, trust: bool, uri: Option<&KeyUri>) -> Result<Found
             }
             Ok(found)
         }
-        KeyUri::File(_) | KeyUri::Transit(_) => other(format!("this host's pin says {}", slots())),
-    }
-}
-
-/// The URI of a Transit key out of its identity. The parts come from a volume file: they must survive the parser.
-fn rebuilt_uri(identity: &KeyIdentity) -> Option<KeyUri> {
-    match identity {
-        KeyIdentity::Transit { engine, key, .. } => {
-            let uri = KeyUri::Transit(TransitKey { engine: engine.clone(), key: key.clone() });
-            uri.to_string().parse().ok().filter(|parsed| *parsed == uri)
+        KeyUri::File(_) | KeyUri::Transit(_) | KeyUri::Pkcs11(_) | KeyUri::Aws(_) => {
+            other(format!("this host's pin says {}", slots()))
         }
-        KeyIdentity::File { .. } | KeyIdentity::Foreign(_) => None,
     }
 }
 

@@ -4,13 +4,15 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use lethefs::crypto::VolumeId;
 use lethefs::kms::file::KeyFile;
+use lethefs::kms::pkcs11::Pkcs11;
 use lethefs::kms::transit::Transit;
-use lethefs::kms::uri::TransitKey;
+use lethefs::kms::uri::{TokenKey, TransitKey};
 use lethefs::kms::{Binding, Destruction, Failure, KeyAdmin, KeyIdentity, KeySource, Purpose, Wrapped};
 use reqwest::Method;
 use serde_json::json;
 
 use super::openbao::{Server, Storage};
+use super::softhsm::{LABEL, Token};
 use super::{ADMIN_POLICY, BINDING, HOST_POLICY, config, documented_policy, failure, token};
 
 /// A provider under test, and what it can do.
@@ -22,8 +24,12 @@ struct Provider<'a> {
     rotate: Option<&'a dyn Fn(&Wrapped) -> Wrapped>,
     /// Whether it has a reversible state.
     suspends: bool,
+    /// Whether it tells what one may do with its key.
+    tells: bool,
     /// Whether it tells a mount host's rights from an administrator's.
     separates: bool,
+    /// Lets the waiting period of a scheduled destruction pass, if there is one.
+    wait: Option<&'a dyn Fn()>,
     /// What an unwrap says once the key is destroyed.
     gone: Failure,
     /// Whether a proof is only our own word.
@@ -71,6 +77,33 @@ fn other_identities(identity: &KeyIdentity) -> Vec<(&'static str, KeyIdentity)> 
                 }),
             ),
         ],
+        KeyIdentity::Pkcs11 { .. } => vec![
+            (
+                "token",
+                changed(&|other| {
+                    if let KeyIdentity::Pkcs11 { token_serial, .. } = other {
+                        *token_serial = "another".into();
+                    }
+                }),
+            ),
+            (
+                "check value",
+                changed(&|other| {
+                    if let KeyIdentity::Pkcs11 { check_value, .. } = other {
+                        assert_eq!(check_value.len(), 6, "SoftHSM tells it");
+                        *check_value = "000000".into();
+                    }
+                }),
+            ),
+        ],
+        KeyIdentity::Aws { .. } => vec![(
+            "age",
+            changed(&|other| {
+                if let KeyIdentity::Aws { created, .. } = other {
+                    *created -= 1;
+                }
+            }),
+        )],
         KeyIdentity::File { .. } => vec![(
             "id",
             changed(&|other| {
@@ -131,9 +164,10 @@ fn run(p: &Provider<'_>) {
         assert!(told.quantum_durable, "{name}: {side}");
     }
     let may = p.host.permissions().expect("permissions");
-    assert_eq!((may.make, may.unwrap, may.describe), (Some(true), Some(true), Some(true)), "{name}");
-    assert_eq!(may.suspend, Some(false), "{name}");
-    assert_eq!(may.destroy, Some(!p.separates), "{name}");
+    let yes = p.tells.then_some(true);
+    assert_eq!((may.make, may.unwrap, may.describe), (yes, yes, Some(true)), "{name}");
+    assert_eq!(may.suspend, p.tells.then_some(p.suspends && !p.separates), "{name}");
+    assert_eq!(may.destroy, p.tells.then_some(!p.separates), "{name}");
 
     if let Some(rotate) = p.rotate {
         let rewrapped = rotate(&made.wrapped);
@@ -185,6 +219,23 @@ fn run(p: &Provider<'_>) {
 
     // Suspended when it is destroyed, as an orderly erase has it.
     p.admin.suspend(&made.identity).expect("suspended");
+    if let Some(wait) = p.wait {
+        for round in ["first", "again"] {
+            let done =
+                p.admin.destroy(&made.identity).unwrap_or_else(|e| panic!("{name}: {round}: {e} {:?}", e.detail));
+            let Destruction::Scheduled { at } = done else { panic!("{name}: {round}: {done:?}") };
+            assert!(at.parse::<jiff::Timestamp>().expect(&at) > jiff::Timestamp::now(), "{name}: {at}");
+        }
+        let opened = p.host.unwrap(&BINDING, &made.wrapped, &made.identity);
+        assert_eq!(failure("scheduled", opened), Failure::Suspended, "{name}");
+        for (case, probe) in probes {
+            assert_eq!(failure(case, p.admin.prove_destroyed(&made.identity, probe)), Failure::NotDestroyed, "{name}");
+        }
+        p.admin.restore().expect("restored");
+        unwrap("cancelled", &made.wrapped);
+        p.admin.destroy(&made.identity).expect("scheduled again");
+        wait();
+    }
     for round in ["first", "again", "and again"] {
         let done =
             p.admin.destroy(&made.identity).unwrap_or_else(|e| panic!("{name}: destroy, {round}: {e} {:?}", e.detail));
@@ -217,11 +268,40 @@ fn key_file() {
         admin: &file,
         rotate: None,
         suspends: false,
+        tells: true,
         separates: false,
+        wait: None,
         gone: Failure::Missing,
         self_asserted: true,
     });
     assert_eq!(std::fs::read_dir(dir.path()).expect("listed").count(), 0, "leftovers");
+}
+
+#[test]
+fn pkcs11() {
+    let token = Token::new();
+    for (name, options) in [
+        ("as documented", "--label vol1 --id 0102 --sensitive"),
+        ("another key beside it", "--label vol2 --id 01 --sensitive"),
+    ] {
+        let label = options.split(' ').nth(1).expect("label");
+        token.create_with(&format!("--key-type AES:32 {options}"));
+        let key = TokenKey { token: Some(LABEL.into()), object: Some(label.into()), ..TokenKey::default() };
+        let host = Pkcs11::new(&key, super::pkcs11::config(&token));
+        let admin = Pkcs11::new(&key, super::pkcs11::config(&token));
+        run(&Provider {
+            name,
+            host: &host,
+            admin: &admin,
+            rotate: None,
+            suspends: true,
+            tells: true,
+            separates: false,
+            wait: None,
+            gone: Failure::Destroyed,
+            self_asserted: false,
+        });
+    }
 }
 
 #[test]
@@ -263,7 +343,9 @@ fn transit() {
             admin: &admin,
             rotate: Some(&rotate),
             suspends: true,
+            tells: true,
             separates: true,
+            wait: None,
             gone: Failure::Destroyed,
             self_asserted: false,
         });

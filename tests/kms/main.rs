@@ -1,5 +1,5 @@
 //! The key services against real servers: what every provider must do ([`conformance`]), and what each of the
-//! server's replies comes to ([`contract`]).
+//! service's answers comes to ([`contract`] for Transit, [`pkcs11`] for tokens).
 //!
 //! A test that needs a server starts its own and runs many cases against it, each named in its assertions: a start
 //! takes seconds, and test runners use one process per test.
@@ -9,6 +9,10 @@ mod contract;
 #[path = "../support/openbao.rs"]
 #[allow(dead_code)]
 mod openbao;
+mod pkcs11;
+#[path = "../support/softhsm.rs"]
+#[allow(dead_code)]
+mod softhsm;
 mod stub;
 
 use std::path::Path;

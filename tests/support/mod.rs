@@ -5,5 +5,6 @@ pub(crate) mod at_openbao;
 pub(crate) mod disk;
 pub(crate) mod faulty;
 pub(crate) mod openbao;
+pub(crate) mod softhsm;
 pub(crate) mod volume;
 pub(crate) mod writers;

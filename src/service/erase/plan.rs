@@ -112,15 +112,16 @@ fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Re
         // A name means any key file, so if one is there, its id says which key it is.
         let held = match uri {
             KeyUri::File(_) => kms::admin(uri)?.describe().ok().map(|described| described.identity),
-            KeyUri::Transit(_) => None,
+            KeyUri::Transit(_) | KeyUri::Pkcs11(_) | KeyUri::Aws(_) => None,
         };
-        let means =
-            |identity: &KeyIdentity| held.as_ref().map_or_else(|| means(uri, identity), |held| held.same_key(identity));
+        let means = |identity: &KeyIdentity| {
+            held.as_ref().map_or_else(|| identity.is_named_by(uri), |held| held.same_key(identity))
+        };
         // The pin knows this key already.
         let known: Vec<usize> = (0..targets.len()).filter(|n| means(&targets[*n].identity)).collect();
         for n in &known {
             let target = &mut targets[*n];
-            if let KeyUri::Transit(_) = uri {
+            if !matches!(uri, KeyUri::File(_)) {
                 target.uri = uri.clone();
                 continue;
             }
@@ -157,17 +158,6 @@ fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Re
         targets.push(Target { scope: 0, version: 1, slot: 1, identity, uri: uri.clone(), probe: None });
     }
     Ok(())
-}
-
-/// Whether a URI can mean this key, by name alone.
-fn means(uri: &KeyUri, identity: &KeyIdentity) -> bool {
-    match (uri, identity) {
-        (KeyUri::Transit(uri), KeyIdentity::Transit { engine, key, .. }) => uri.engine == *engine && uri.key == *key,
-        (KeyUri::File(_), KeyIdentity::File { .. }) => true,
-        (KeyUri::Transit(_), KeyIdentity::File { .. })
-        | (KeyUri::File(_), KeyIdentity::Transit { .. })
-        | (_, KeyIdentity::Foreign(_)) => false,
-    }
 }
 
 /// Something that the key had wrapped: the canary, which opens nothing.
@@ -245,6 +235,16 @@ fn remains(targets: &[Target], left: &[KeyIdentity], within_reach: bool) -> Vec<
     let mut add = |text: &str| remains.push(text.to_owned());
     if targets.iter().any(|target| matches!(target.identity, KeyIdentity::Transit { .. })) {
         add("a snapshot or backup of the key service, restored, brings the key back: destroy or outwait those, too");
+    }
+    if targets.iter().any(|target| matches!(target.identity, KeyIdentity::Pkcs11 { .. })) {
+        add(
+            "a backup or clone of the token, or a copy of the key under another id, opens the volume as before: destroy those, too",
+        );
+    }
+    if targets.iter().any(|target| matches!(target.identity, KeyIdentity::Aws { .. })) {
+        add(
+            "until its date a scheduled deletion can be cancelled; replicas of a multi-region key open the volume as before",
+        );
     }
     if targets.iter().any(|target| matches!(target.identity, KeyIdentity::File { .. })) {
         add(
