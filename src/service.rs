@@ -2,13 +2,15 @@
 //!
 //! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
 //!   JSON of docs/CLI.md;
+//! - [`audit`]: where a volume's audit log is, checking it and showing it;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
 //! - [`control`]: the socket of a live mount, both ends; [`record`]: what a live mount leaves in the runtime directory;
 //! - [`daemon`]: going to the background; [`places`]: directories outside the volume; [`mountinfo`]: what is mounted where;
 //! - [`journal`]: the journal of an erase; [`backing`]: locking and walking a backing directory without keys.
 //!
-//! Called by `cli` alone. Calls `fs`, `volume`, `keyring`, `kms`, `crypto`, `sys`.
+//! Called by `cli` alone. Calls `fs`, `volume`, `keyring`, `kms`, `audit`, `crypto`, `sys`.
 
+pub mod audit;
 pub mod backing;
 pub mod control;
 pub mod daemon;
