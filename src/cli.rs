@@ -14,8 +14,9 @@ use std::io::{BufRead as _, IsTerminal as _};
 
 use clap::{CommandFactory as _, Parser};
 
+use crate::audit::Expected;
 use crate::service::daemon::{self, Side, Told};
-use crate::service::{Error, erase, fsck, init, keys, mount, status, umount};
+use crate::service::{Error, audit, erase, fsck, init, keys, mount, status, umount};
 use exit::ExitCode;
 use options::{Asked, parse_uri};
 
@@ -53,6 +54,7 @@ fn as_command(arguments: Vec<OsString>) -> u8 {
         args::Command::Erase(given) => run_erase(&given),
         args::Command::Fsck(given) => run_fsck(&given),
         args::Command::Keys { command: args::Keys::Check { uri, json } } => run_keys_check(&uri, json),
+        args::Command::Audit { command } => run_audit(&command),
         args::Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut args::Cli::command(), "lethefs", &mut script);
@@ -284,6 +286,29 @@ fn run_fsck(given: &args::Fsck) -> Result<u8, Error> {
     output::complain(&output::warnings(&report.warnings));
     output::print(&if given.json { output::json(&report) } else { output::fsck(&report) });
     Ok(exit::of_fsck(report.state).code())
+}
+
+fn run_audit(command: &args::Audit) -> Result<u8, Error> {
+    match command {
+        args::Audit::Verify { path, expect_head, at_least, after, json } => {
+            let expected = Expected {
+                head: expect_head.as_deref().map(parse_hash).transpose()?,
+                at_least: *at_least,
+                after: after.as_deref().map(parse_hash).transpose()?,
+            };
+            let report = audit::verify(path, &expected)?;
+            output::print(&if *json { output::json(&report) } else { output::audit(&report) });
+            Ok(exit::of_audit(&report.verdict).code())
+        }
+        args::Audit::Show { path } => {
+            audit::show(path, |record| output::print(&output::record(&record)))?;
+            Ok(0)
+        }
+    }
+}
+
+fn parse_hash(text: &str) -> Result<[u8; 32], Error> {
+    crate::crypto::ids::unhex(text.trim()).ok_or_else(|| Error::Usage("a head is 64 hex digits".into()))
 }
 
 fn run_keys_check(uri: &str, json: bool) -> Result<u8, Error> {

@@ -12,7 +12,7 @@ use crate::crypto::VolumeId;
 const VOLUME: VolumeId = VolumeId([0xab; 16]);
 
 fn event(n: u64) -> Event {
-    Event::Seal { reason: "revoked".into(), by: format!("test {n}"), counts: serde_json::json!({ "inodes": n }) }
+    Event::Renew { slot: 1, outcome: "ok".into(), count: n, request_id: Some("87b9…".into()) }
 }
 
 fn file(dir: &Path) -> PathBuf {
@@ -57,7 +57,7 @@ fn a_record_is_as_documented() {
     assert_eq!(records[0]["prev"], hash(&format!("lethefs/1/audit/{VOLUME}\n")));
     assert_eq!(records[1]["prev"], hash(lines[0]));
     assert_eq!(records[1]["sum"], hash(lines[1].split(",\"sum\"").next().unwrap()));
-    assert_eq!((&records[0]["peer"]["uid"], &records[0]["event"]), (&1000.into(), &"seal".into()));
+    assert_eq!((&records[0]["peer"]["uid"], &records[0]["event"]), (&1000.into(), &"renew".into()));
     assert!(records[1].get("peer").is_none());
     let time = records[0]["time"].as_str().unwrap();
     assert!(time.ends_with('Z') && time.parse::<jiff::Timestamp>().is_ok(), "{time}");

@@ -39,6 +39,12 @@ pub enum Command {
         #[command(subcommand)]
         command: Keys,
     },
+    /// Check or show the audit log of a volume
+    Audit {
+        /// What to do
+        #[command(subcommand)]
+        command: Audit,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -224,6 +230,33 @@ pub enum Keys {
         /// Report as JSON
         #[arg(long)]
         json: bool,
+    },
+}
+
+/// `audit`
+#[derive(Debug, Subcommand)]
+pub enum Audit {
+    /// Find edits, losses and reordering. What was cut off at the end shows only to --expect-head or --at-least
+    Verify {
+        /// A log file, or a backing directory or mountpoint
+        path: PathBuf,
+        /// The head that an earlier check printed: it must still be in the log
+        #[arg(long, value_name = "HASH")]
+        expect_head: Option<String>,
+        /// There must be at least so many records
+        #[arg(long, value_name = "N")]
+        at_least: Option<u64>,
+        /// Earlier files were put away, and ended with this head
+        #[arg(long, value_name = "HASH")]
+        after: Option<String>,
+        /// Report as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the records for people (they are JSON already)
+    Show {
+        /// A log file, or a backing directory or mountpoint
+        path: PathBuf,
     },
 }
 

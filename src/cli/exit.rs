@@ -41,6 +41,8 @@ pub enum ExitCode {
     Repaired = 20,
     /// A check found damage that is still there.
     Damaged = 21,
+    /// An audit log is not as it was written.
+    AuditBroken = 22,
 }
 
 impl ExitCode {
@@ -97,6 +99,11 @@ pub fn of_fsck(state: State) -> ExitCode {
         State::Repaired => ExitCode::Repaired,
         State::Damaged => ExitCode::Damaged,
     }
+}
+
+/// The code of a check of an audit log.
+pub fn of_audit(verdict: &crate::audit::Verdict) -> ExitCode {
+    if verdict.findings.is_empty() { ExitCode::Done } else { ExitCode::AuditBroken }
 }
 
 /// The code of a key service's failure.

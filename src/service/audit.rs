@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::record::path_text;
-use super::{Error, SCHEMA, backing, mountinfo, places, umount};
+use super::{Error, SCHEMA, backing, mount, mountinfo, places, umount};
 use crate::audit::{self, Event, Expected, Record, Recorded, Sink, Verdict};
 use crate::crypto::VolumeId;
 use crate::kms::{KeyIdentity, KmsError};
@@ -29,13 +29,16 @@ pub(super) fn key(identity: &KeyIdentity) -> Value {
     serde_json::to_value(identity).unwrap_or_default()
 }
 
+/// What a person must be told of a log that loses events.
+pub(super) fn complaint(sink: &Sink) -> Option<String> {
+    let line = || format!("the audit log {} cannot be written: what is done is not in it", sink.path().display());
+    (sink.lost() > 0).then(line)
+}
+
 /// What a person must be told if a record that a verb promises is lost.
 pub(super) fn warn(sink: &Sink, event: Event, warnings: &mut Vec<String>) {
     if sink.record(event) == Recorded::Lost {
-        let line = format!("the audit log {} cannot be written: what was done is not in it", sink.path().display());
-        if !warnings.contains(&line) {
-            warnings.push(line);
-        }
+        warnings.extend(complaint(sink).filter(|line| !warnings.contains(line)));
     }
 }
 
@@ -49,6 +52,18 @@ pub(super) fn fetch_failed(
 ) -> Event {
     let (class, message) = (error.failure.word(), error.message.clone());
     Event::FetchFailed { purpose, slot, uri, key: key(identity), class, message, request_id: None }
+}
+
+/// A filesystem answers.
+pub(super) fn mounted(sink: &Sink, report: &mount::Report, generation: u64) {
+    let (backing, mountpoint) = (path_text::encode(&report.backing), path_text::encode(&report.mountpoint));
+    let _ = sink.record(Event::Mount { backing, mountpoint, options: report.options.clone(), generation });
+}
+
+/// It ended, or did not come about.
+pub(super) fn unmounted(sink: &Sink, mountpoint: &Path, started: Option<&Error>, ended: Option<&io::Error>) {
+    let problem = started.map(ToString::to_string).or_else(|| ended.map(ToString::to_string));
+    let _ = sink.record(Event::Unmount { mountpoint: path_text::encode(mountpoint), problem });
 }
 
 /// What `audit verify` found.

@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::places;
 use super::record::path_text;
+use crate::audit::Peer;
 use crate::crypto::VolumeId;
 use crate::kms::KeyIdentity;
 
@@ -54,6 +55,8 @@ pub struct Asked<'a> {
     pub op: Op,
     /// [`Op::Fsck`]: with plaintext names.
     pub names: bool,
+    /// Who asks, for the audit log.
+    pub peer: Peer,
     tell: &'a mut dyn FnMut(&str, &Value) -> io::Result<()>,
 }
 
@@ -169,15 +172,16 @@ fn converse(
     stream: &UnixStream,
     answer: &(impl Fn(&mut Asked<'_>) -> Result<Value, String> + ?Sized),
 ) -> io::Result<()> {
-    let peer = rustix::net::sockopt::socket_peercred(stream)?.uid.as_raw();
+    let peer = rustix::net::sockopt::socket_peercred(stream)?;
+    let peer = Peer { uid: peer.uid.as_raw(), pid: peer.pid.as_raw_nonzero().get() };
     stream.set_write_timeout(Some(PATIENCE))?;
-    let reply = if peer == 0 || peer == places::euid() {
+    let reply = if peer.uid == 0 || peer.uid == places::euid() {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut line = Vec::new();
         BufReader::new(stream).take(MAX_LINE).read_until(b'\n', &mut line)?;
         let mut tell =
             |what: &str, value: &Value| write_line(stream, &serde_json::json!({ "v": VERSION, what: value }));
-        respond(&line, answer, &mut tell)
+        respond(&line, peer, answer, &mut tell)
     } else {
         refuse("denied", "only root and the user of the mount are answered")
     };
@@ -192,6 +196,7 @@ fn write_line(mut stream: &UnixStream, line: &impl Serialize) -> io::Result<()> 
 
 fn respond(
     line: &[u8],
+    peer: Peer,
     answer: &(impl Fn(&mut Asked<'_>) -> Result<Value, String> + ?Sized),
     tell: &mut dyn FnMut(&str, &Value) -> io::Result<()>,
 ) -> Reply {
@@ -204,7 +209,7 @@ fn respond(
     let Ok(op) = serde_json::from_value(Value::String(request.op)) else {
         return refuse("unknown-op", "known are status, metrics, seal, fsck");
     };
-    match answer(&mut Asked { op, names: request.names, tell }) {
+    match answer(&mut Asked { op, names: request.names, peer, tell }) {
         Ok(value) => Reply { v: VERSION, ok: Some(value), error: None },
         Err(why) => refuse("failed", &why),
     }
