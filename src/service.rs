@@ -1,6 +1,6 @@
 //! The verbs: what `lethefs` does, one file each, without arguments, exit codes or text layout (those are `cli`'s).
 //!
-//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
+//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`revoke`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
 //!   JSON of docs/CLI.md;
 //! - [`audit`]: where a volume's audit log is, checking it and showing it;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
@@ -23,6 +23,7 @@ pub mod mount;
 pub mod mountinfo;
 pub mod places;
 pub mod record;
+pub mod revoke;
 pub mod status;
 pub mod trust;
 pub mod umount;
@@ -74,7 +75,10 @@ pub enum Error {
     /// An erase that is not complete.
     #[error("{0}")]
     StillRestorable(String),
-    /// An erase that was not confirmed.
+    /// A revoke or restore that did not reach every key.
+    #[error("{0}")]
+    NotAllKeys(String),
+    /// An erase or revoke that was not confirmed.
     #[error("{0}")]
     NotConfirmed(String),
     /// The system.

@@ -33,6 +33,10 @@ pub enum Command {
     Fsck(Fsck),
     /// Destroy a volume's key, and with it the contents of every copy
     Erase(Erase),
+    /// Suspend a volume's keys, reversibly, and seal its mounts on this host
+    Revoke(Revoke),
+    /// Bring suspended keys back, and have mounts on this host go on
+    Restore(Revoke),
     /// Look at keys
     Keys {
         /// What to do
@@ -188,6 +192,26 @@ pub struct Erase {
     #[arg(long, value_name = "URI")]
     pub key: Vec<String>,
     /// Erase this volume although its backing directory is out of reach (a stolen disk)
+    #[arg(long, value_name = "ID")]
+    pub volume_id: Option<String>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `revoke`, `restore`
+#[derive(Debug, Args)]
+pub struct Revoke {
+    /// Backing directory or mountpoint
+    #[arg(required_unless_present = "volume_id", conflicts_with = "volume_id")]
+    pub path: Option<PathBuf>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+    /// The key, for a volume that this host has no pin of; may be repeated
+    #[arg(long, value_name = "URI")]
+    pub key: Vec<String>,
+    /// A volume whose backing directory is out of reach (a stolen disk)
     #[arg(long, value_name = "ID")]
     pub volume_id: Option<String>,
     /// Report as JSON

@@ -41,6 +41,8 @@ pub enum ExitCode {
     Repaired = 20,
     /// A check found damage that is still there.
     Damaged = 21,
+    /// `revoke` or `restore` did not reach every key.
+    NotAllKeys = 23,
     /// An audit log is not as it was written.
     AuditBroken = 22,
 }
@@ -89,6 +91,7 @@ pub fn code(error: &Error) -> ExitCode {
         Error::Destroyed(_) => ExitCode::Destroyed,
         Error::StillRestorable(_) => ExitCode::StillRestorable,
         Error::NotConfirmed(_) => ExitCode::NotConfirmed,
+        Error::NotAllKeys(_) => ExitCode::NotAllKeys,
     }
 }
 

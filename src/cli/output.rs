@@ -9,7 +9,7 @@ use crate::audit::Record;
 use crate::kms::KeyIdentity;
 use crate::service::erase::{Plan, Report as EraseReport};
 use crate::service::status::{PinState, Report as StatusReport};
-use crate::service::{audit, fsck, init, keys, mount, umount};
+use crate::service::{audit, fsck, init, keys, mount, revoke, umount};
 
 /// Writes to stdout. A reader that went away is its own business.
 pub fn print(text: &str) {
@@ -279,6 +279,44 @@ pub fn fsck(report: &fsck::Report) -> String {
 /// The word for a kind of finding, as in JSON.
 fn fault(fault: crate::volume::check::Fault) -> String {
     serde_json::to_value(fault).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// What `revoke` shows before it asks.
+pub fn revoke_plan(plan: &Plan) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "volume      {}", plan.volume_id);
+    for planned in &plan.keys {
+        let _ = writeln!(text, "key         {}: {} ({})", safe(&planned.name), planned.uri, key(&planned.identity));
+    }
+    for shared in &plan.shared_with {
+        let _ = writeln!(text, "as well     volume {} {} has the same key", shared.volume_id, safe(&shared.label));
+    }
+    for mount in &plan.live_mounts {
+        let state = if mount.reachable { "will be sealed" } else { "cannot be asked from here" };
+        let _ = writeln!(text, "mounted     {} ({state})", safe(&mount.mountpoint));
+    }
+    text
+}
+
+/// `revoke`, `restore`
+pub fn revoke(report: &revoke::Report) -> String {
+    let mut text = String::new();
+    for done in &report.keys {
+        let why = done.problem.as_ref().map_or_else(String::new, |why| format!(" ({})", safe(why)));
+        let _ = writeln!(text, "{:<14}{} ({}){why}", done.outcome, done.uri, key(&done.identity));
+    }
+    for mount in &report.mounts {
+        let _ = writeln!(text, "{:<14}{}", "mount", format_args!("{}: {}", safe(&mount.mountpoint), safe(&mount.said)));
+    }
+    for identity in &report.left {
+        let _ = writeln!(
+            text,
+            "{:<14}{} (named by the volume file, unverified): give its --key",
+            "not reached",
+            key(identity)
+        );
+    }
+    text
 }
 
 /// `audit verify`

@@ -267,10 +267,13 @@ impl Client {
     }
 
     /// Asks one thing, and waits for all of the answer until then.
-    fn ask_until(mut self, op: Op, until: Instant) -> io::Result<Value> {
+    fn ask_until(self, op: Op, until: Instant) -> io::Result<Value> {
+        outcome(self.exchange(&serde_json::json!({ "v": VERSION, "op": op }), until)?)
+    }
+
+    fn exchange(mut self, question: &Value, until: Instant) -> io::Result<Reply> {
         self.stream.set_write_timeout(Some(left(until)?))?;
-        let op = serde_json::to_value(op)?;
-        let mut line = serde_json::to_vec(&serde_json::json!({ "v": VERSION, "op": op }))?;
+        let mut line = serde_json::to_vec(question)?;
         line.push(b'\n');
         self.stream.write_all(&line)?;
         let mut reply = Vec::new();
@@ -284,7 +287,20 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
-        outcome(serde_json::from_slice(&reply)?)
+        Ok(serde_json::from_slice(&reply)?)
+    }
+
+    /// Asks one thing that the mount may be too old to know. `Err` within: its refusal, code and line.
+    ///
+    /// # Errors
+    /// The system's, or a time-out.
+    pub fn ask_word(self, op: &str) -> io::Result<Result<Value, (String, String)>> {
+        let reply = self.exchange(&serde_json::json!({ "v": VERSION, "op": op }), Instant::now() + SEAL_PATIENCE)?;
+        match (reply.ok, reply.error) {
+            (Some(value), None) => Ok(Ok(value)),
+            (_, Some(refusal)) => Ok(Err((refusal.code, refusal.message))),
+            (None, None) => Err(io::Error::other("the mount gave an empty answer")),
+        }
     }
 
     /// Asks for a check of the volume; calls `told` with each line before the answer. Waits as long as lines come.

@@ -5,6 +5,7 @@
 mod audit;
 mod erase;
 mod refusals;
+mod revoke;
 mod terminal;
 mod world;
 
@@ -25,7 +26,20 @@ fn help_names_every_command_and_is_not_an_error() {
         .collect();
     assert_eq!(
         commands,
-        ["init", "mount", "umount", "status", "fsck", "erase", "keys", "audit", "completions", "help"]
+        [
+            "init",
+            "mount",
+            "umount",
+            "status",
+            "fsck",
+            "erase",
+            "revoke",
+            "restore",
+            "keys",
+            "audit",
+            "completions",
+            "help"
+        ]
     );
     world.run(&["--version"]).is(0);
     let bash = world.run(&["completions", "bash"]);
@@ -56,6 +70,7 @@ fn the_table_of_exit_codes_is_the_documents() {
         Code::Repaired,
         Code::Damaged,
         Code::AuditBroken,
+        Code::NotAllKeys,
     ];
     assert_eq!(codes, table.map(Code::code));
 }

@@ -132,7 +132,7 @@ fn run(p: &Provider<'_>) {
     }
     let may = p.host.permissions().expect("permissions");
     assert_eq!((may.make, may.unwrap, may.describe), (Some(true), Some(true), Some(true)), "{name}");
-    assert_eq!(may.suspend, Some(false), "{name}");
+    assert_eq!(may.suspend, Some(!p.separates), "{name}");
     assert_eq!(may.destroy, Some(!p.separates), "{name}");
 
     if let Some(rotate) = p.rotate {
@@ -216,7 +216,7 @@ fn key_file() {
         host: &file,
         admin: &file,
         rotate: None,
-        suspends: false,
+        suspends: true,
         separates: false,
         gone: Failure::Missing,
         self_asserted: true,

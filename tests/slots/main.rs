@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod audit;
+mod revoke;
 #[path = "../support/mod.rs"]
 mod support;
 mod world;
