@@ -14,8 +14,9 @@ use std::io::{BufRead as _, IsTerminal as _};
 
 use clap::{CommandFactory as _, Parser};
 
+use crate::audit::Expected;
 use crate::service::daemon::{self, Side, Told};
-use crate::service::{Error, erase, fsck, init, keys, mount, status, umount};
+use crate::service::{Error, audit, erase, fsck, init, keys, mount, revoke, status, umount};
 use exit::ExitCode;
 use options::{Asked, parse_uri};
 
@@ -53,6 +54,9 @@ fn as_command(arguments: Vec<OsString>) -> u8 {
         args::Command::Erase(given) => run_erase(&given),
         args::Command::Fsck(given) => run_fsck(&given),
         args::Command::Keys { command: args::Keys::Check { uri, json } } => run_keys_check(&uri, json),
+        args::Command::Revoke(given) => run_revoke(&given, revoke::Way::Revoke),
+        args::Command::Restore(given) => run_revoke(&given, revoke::Way::Restore),
+        args::Command::Audit { command } => run_audit(&command),
         args::Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut args::Cli::command(), "lethefs", &mut script);
@@ -284,6 +288,57 @@ fn run_fsck(given: &args::Fsck) -> Result<u8, Error> {
     output::complain(&output::warnings(&report.warnings));
     output::print(&if given.json { output::json(&report) } else { output::fsck(&report) });
     Ok(exit::of_fsck(report.state).code())
+}
+
+fn run_revoke(given: &args::Revoke, way: revoke::Way) -> Result<u8, Error> {
+    let victim = match (&given.path, &given.volume_id) {
+        (Some(path), _) => revoke::victim(path)?,
+        (None, Some(id)) => erase::Victim::OutOfReach(parse_id(id)?),
+        (None, None) => return Err(Error::Usage("a backing directory, or --volume-id and --key, is needed".into())),
+    };
+    let keys = given.key.iter().map(|uri| parse_uri(uri)).collect::<Result<Vec<_>, _>>()?;
+    let prepared = erase::prepare(&victim, &keys)?;
+    // Bringing a key back takes nothing from anybody.
+    if way == revoke::Way::Revoke && !given.yes {
+        if !std::io::stdin().is_terminal() {
+            let line = "there is no terminal to confirm at: add --yes; nothing was changed";
+            return Err(Error::NotConfirmed(line.into()));
+        }
+        output::complain(&output::revoke_plan(&prepared.plan));
+        output::complain("Suspend these keys? `lethefs restore` brings them back. Type yes: ");
+        let mut line = String::new();
+        let _ = std::io::stdin().lock().read_line(&mut line);
+        if line.trim() != "yes" {
+            return Err(Error::NotConfirmed("not confirmed; nothing was changed".into()));
+        }
+    }
+    let outcome = revoke::run(&prepared, way);
+    output::complain(&output::warnings(&outcome.report.warnings));
+    output::print(&if given.json { output::json(&outcome.report) } else { output::revoke(&outcome.report) });
+    outcome.incomplete.map_or(Ok(0), Err)
+}
+
+fn run_audit(command: &args::Audit) -> Result<u8, Error> {
+    match command {
+        args::Audit::Verify { path, expect_head, at_least, after, json } => {
+            let expected = Expected {
+                head: expect_head.as_deref().map(parse_hash).transpose()?,
+                at_least: *at_least,
+                after: after.as_deref().map(parse_hash).transpose()?,
+            };
+            let report = audit::verify(path, &expected)?;
+            output::print(&if *json { output::json(&report) } else { output::audit(&report) });
+            Ok(exit::of_audit(&report.verdict).code())
+        }
+        args::Audit::Show { path } => {
+            audit::show(path, |record| output::print(&output::record(&record)))?;
+            Ok(0)
+        }
+    }
+}
+
+fn parse_hash(text: &str) -> Result<[u8; 32], Error> {
+    crate::crypto::ids::unhex(text.trim()).ok_or_else(|| Error::Usage("a head is 64 hex digits".into()))
 }
 
 fn run_keys_check(uri: &str, json: bool) -> Result<u8, Error> {

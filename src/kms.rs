@@ -126,6 +126,12 @@ pub trait KeySource: Send + Sync {
     /// # Errors
     /// Any [`KmsError`].
     fn permissions(&self) -> Result<Permissions, KmsError>;
+
+    /// The service's own number of the last [`make`](Self::make) or [`unwrap`](Self::unwrap) that succeeded, for the audit log.
+    /// `None`: it gives none.
+    fn last_request_id(&self) -> Option<String> {
+        None
+    }
 }
 
 /// What the service says of the way to destruction after a step of it.
@@ -199,6 +205,19 @@ pub trait KeyAdmin: Send + Sync {
     /// # Errors
     /// [`Failure::NotDestroyed`] with what is still there, or what kept us from finding out.
     fn prove_destroyed(&self, identity: &KeyIdentity, probe: Option<(&Binding, &Wrapped)>) -> Result<Proof, KmsError>;
+
+    /// The service's own number of the last change that succeeded, for the audit log. `None`: it gives none.
+    fn last_request_id(&self) -> Option<String> {
+        None
+    }
+}
+
+impl Failure {
+    /// The class as one word, as JSON and the audit log write it.
+    pub fn word(self) -> String {
+        let word = serde_json::to_value(self).ok();
+        word.and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+    }
 }
 
 /// Why a key service did not do what was asked. Callers decide by this alone.

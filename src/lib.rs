@@ -9,11 +9,13 @@
 //! volume   format: volume file, headers, names, contents, symlinks, nodes, xattrs, backing storage
 //! keyring  custody of KEKs and object keys
 //! kms      key services
+//! audit    the audit log: records in a chain of hashes
 //! crypto   keys, derivation, cipher, arena        sys  the only unsafe
 //! ```
 //!
 //! `docs/ARCHITECTURE.md` is the guide to the rooms.
 
+pub mod audit;
 pub mod cli;
 pub mod crypto;
 pub mod fs;

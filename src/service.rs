@@ -1,15 +1,17 @@
 //! The verbs: what `lethefs` does, one file each, without arguments, exit codes or text layout (those are `cli`'s).
 //!
-//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
+//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`revoke`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
 //!   JSON of docs/CLI.md;
+//! - [`audit`]: where a volume's audit log is, checking it and showing it;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
 //! - [`control`]: the socket of a live mount, both ends; [`record`]: what a live mount leaves in the runtime directory;
 //! - [`custody`]: renewal of the lease on a live mount's key, seal and resume;
 //! - [`daemon`]: going to the background; [`places`]: directories outside the volume; [`mountinfo`]: what is mounted where;
 //! - [`journal`]: the journal of an erase; [`backing`]: locking and walking a backing directory without keys.
 //!
-//! Called by `cli` alone. Calls `fs`, `volume`, `keyring`, `kms`, `crypto`, `sys`.
+//! Called by `cli` alone. Calls `fs`, `volume`, `keyring`, `kms`, `audit`, `crypto`, `sys`.
 
+pub mod audit;
 pub mod backing;
 pub mod control;
 pub mod custody;
@@ -23,6 +25,7 @@ pub mod mount;
 pub mod mountinfo;
 pub mod places;
 pub mod record;
+pub mod revoke;
 pub mod status;
 pub mod trust;
 pub mod umount;
@@ -74,7 +77,10 @@ pub enum Error {
     /// An erase that is not complete.
     #[error("{0}")]
     StillRestorable(String),
-    /// An erase that was not confirmed.
+    /// A revoke or restore that did not reach every key.
+    #[error("{0}")]
+    NotAllKeys(String),
+    /// An erase or revoke that was not confirmed.
     #[error("{0}")]
     NotConfirmed(String),
     /// The system.

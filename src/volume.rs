@@ -34,6 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use crate::audit::Sink;
 use crate::crypto::{ObjectId, VolumeId};
 use crate::keyring::{Keyring, KeyringError};
 use storage::Errno;
@@ -122,6 +123,7 @@ pub struct Volume {
     integrity_failures: AtomicU64,
     events: events::Limiter,
     opened: Instant,
+    audit: Option<Arc<Sink>>,
 }
 
 impl Volume {
@@ -197,7 +199,15 @@ impl Volume {
             integrity_failures: AtomicU64::new(0),
             events: events::Limiter::default(),
             opened: Instant::now(),
+            audit: None,
         })
+    }
+
+    /// Records integrity failures in an audit log, too.
+    #[must_use]
+    pub fn with_audit(mut self, sink: Arc<Sink>) -> Self {
+        self.audit = Some(sink);
+        self
     }
 
     /// The volume's id.
@@ -280,7 +290,11 @@ impl Volume {
     ) {
         let count = self.integrity_failures.fetch_add(1, Ordering::Relaxed) + 1;
         if let Some(held_back) = self.events.admit(self.opened.elapsed()) {
-            events::write(damage, backing_ino, block, &victim(), count, held_back);
+            let victim = victim();
+            events::write(damage, backing_ino, block, &victim, count, held_back);
+            if let Some(sink) = &self.audit {
+                events::record(sink, damage, backing_ino, block, &victim, count, held_back);
+            }
         }
     }
 

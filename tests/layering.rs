@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Top to bottom. `crypto` may use `sys` (the arena's memory); `sys` uses nothing of ours.
-const LAYERS: [&str; 8] = ["cli", "service", "fs", "volume", "keyring", "kms", "crypto", "sys"];
+const LAYERS: [&str; 9] = ["cli", "service", "fs", "volume", "keyring", "kms", "audit", "crypto", "sys"];
 
 fn sources() -> Vec<(PathBuf, String)> {
     fn walk(dir: &Path, found: &mut Vec<(PathBuf, String)>) {

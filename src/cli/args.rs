@@ -33,11 +33,21 @@ pub enum Command {
     Fsck(Fsck),
     /// Destroy a volume's key, and with it the contents of every copy
     Erase(Erase),
+    /// Suspend a volume's keys, reversibly, and seal its mounts on this host
+    Revoke(Revoke),
+    /// Bring suspended keys back, and have mounts on this host go on
+    Restore(Revoke),
     /// Look at keys
     Keys {
         /// What to do
         #[command(subcommand)]
         command: Keys,
+    },
+    /// Check or show the audit log of a volume
+    Audit {
+        /// What to do
+        #[command(subcommand)]
+        command: Audit,
     },
     /// Print a completion script for a shell
     Completions {
@@ -195,6 +205,26 @@ pub struct Erase {
     pub json: bool,
 }
 
+/// `revoke`, `restore`
+#[derive(Debug, Args)]
+pub struct Revoke {
+    /// Backing directory or mountpoint
+    #[arg(required_unless_present = "volume_id", conflicts_with = "volume_id")]
+    pub path: Option<PathBuf>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+    /// The key, for a volume that this host has no pin of; may be repeated
+    #[arg(long, value_name = "URI")]
+    pub key: Vec<String>,
+    /// A volume whose backing directory is out of reach (a stolen disk)
+    #[arg(long, value_name = "ID")]
+    pub volume_id: Option<String>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `fsck`
 #[derive(Debug, Args)]
 pub struct Fsck {
@@ -230,6 +260,33 @@ pub enum Keys {
         /// Report as JSON
         #[arg(long)]
         json: bool,
+    },
+}
+
+/// `audit`
+#[derive(Debug, Subcommand)]
+pub enum Audit {
+    /// Find edits, losses and reordering. What was cut off at the end shows only to --expect-head or --at-least
+    Verify {
+        /// A log file, or a backing directory or mountpoint
+        path: PathBuf,
+        /// The head that an earlier check printed: it must still be in the log
+        #[arg(long, value_name = "HASH")]
+        expect_head: Option<String>,
+        /// There must be at least so many records
+        #[arg(long, value_name = "N")]
+        at_least: Option<u64>,
+        /// Earlier files were put away, and ended with this head
+        #[arg(long, value_name = "HASH")]
+        after: Option<String>,
+        /// Report as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the records for people (they are JSON already)
+    Show {
+        /// A log file, or a backing directory or mountpoint
+        path: PathBuf,
     },
 }
 

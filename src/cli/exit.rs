@@ -41,6 +41,10 @@ pub enum ExitCode {
     Repaired = 20,
     /// A check found damage that is still there.
     Damaged = 21,
+    /// `revoke` or `restore` did not reach every key.
+    NotAllKeys = 23,
+    /// An audit log is not as it was written.
+    AuditBroken = 22,
 }
 
 impl ExitCode {
@@ -87,6 +91,7 @@ pub fn code(error: &Error) -> ExitCode {
         Error::Destroyed(_) => ExitCode::Destroyed,
         Error::StillRestorable(_) => ExitCode::StillRestorable,
         Error::NotConfirmed(_) => ExitCode::NotConfirmed,
+        Error::NotAllKeys(_) => ExitCode::NotAllKeys,
     }
 }
 
@@ -97,6 +102,11 @@ pub fn of_fsck(state: State) -> ExitCode {
         State::Repaired => ExitCode::Repaired,
         State::Damaged => ExitCode::Damaged,
     }
+}
+
+/// The code of a check of an audit log.
+pub fn of_audit(verdict: &crate::audit::Verdict) -> ExitCode {
+    if verdict.findings.is_empty() { ExitCode::Done } else { ExitCode::AuditBroken }
 }
 
 /// The code of a key service's failure.

@@ -5,11 +5,12 @@ use std::io::{self, Write as _};
 
 use serde::Serialize;
 
+use crate::audit::Record;
 use crate::kms::KeyIdentity;
 use crate::service::custody::CustodyStatus;
 use crate::service::erase::{Plan, Report as EraseReport};
 use crate::service::status::{PinState, Report as StatusReport};
-use crate::service::{fsck, init, keys, mount, umount};
+use crate::service::{audit, fsck, init, keys, mount, revoke, umount};
 
 /// Writes to stdout. A reader that went away is its own business.
 pub fn print(text: &str) {
@@ -309,6 +310,106 @@ pub fn fsck(report: &fsck::Report) -> String {
 /// The word for a kind of finding, as in JSON.
 fn fault(fault: crate::volume::check::Fault) -> String {
     serde_json::to_value(fault).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// What `revoke` shows before it asks.
+pub fn revoke_plan(plan: &Plan) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "volume      {}", plan.volume_id);
+    for planned in &plan.keys {
+        let _ = writeln!(text, "key         {}: {} ({})", safe(&planned.name), planned.uri, key(&planned.identity));
+    }
+    for shared in &plan.shared_with {
+        let _ = writeln!(text, "as well     volume {} {} has the same key", shared.volume_id, safe(&shared.label));
+    }
+    for mount in &plan.live_mounts {
+        let state = if mount.reachable { "will be sealed" } else { "cannot be asked from here" };
+        let _ = writeln!(text, "mounted     {} ({state})", safe(&mount.mountpoint));
+    }
+    text
+}
+
+/// `revoke`, `restore`
+pub fn revoke(report: &revoke::Report) -> String {
+    let mut text = String::new();
+    for done in &report.keys {
+        let why = done.problem.as_ref().map_or_else(String::new, |why| format!(" ({})", safe(why)));
+        let _ = writeln!(text, "{:<14}{} ({}){why}", done.outcome, done.uri, key(&done.identity));
+    }
+    for mount in &report.mounts {
+        let _ = writeln!(text, "{:<14}{}", "mount", format_args!("{}: {}", safe(&mount.mountpoint), safe(&mount.said)));
+    }
+    for identity in &report.left {
+        let _ = writeln!(
+            text,
+            "{:<14}{} (named by the volume file, unverified): give its --key",
+            "not reached",
+            key(identity)
+        );
+    }
+    text
+}
+
+/// `audit verify`
+pub fn audit(report: &audit::Report) -> String {
+    let mut text = String::new();
+    let verdict = &report.verdict;
+    for finding in &verdict.findings {
+        let place =
+            if finding.line > 0 { format!("{} line {}", safe(&finding.file), finding.line) } else { "log".into() };
+        let _ = writeln!(text, "broken   {place}: {}", safe(&finding.what));
+    }
+    for recovered in &verdict.recovered {
+        let _ = writeln!(
+            text,
+            "note     record {}: a write before it was cut short ({} bytes are kept)",
+            recovered.seq, recovered.bytes
+        );
+    }
+    if verdict.lost > 0 {
+        let _ = writeln!(text, "note     {} events could not be recorded, says the log", verdict.lost);
+    }
+    if let Some(volume) = &verdict.volume {
+        let _ = writeln!(text, "volume   {volume}");
+    }
+    let at = verdict.last_time.as_deref().map_or_else(String::new, |at| format!(", at {}", safe(at)));
+    let _ = writeln!(
+        text,
+        "records  {} in {} files, the last is number {}{at}",
+        verdict.records,
+        report.files.len(),
+        verdict.last
+    );
+    if let Some(head) = &verdict.head {
+        let _ = writeln!(text, "head     {head}");
+    }
+    text.push_str(if verdict.findings.is_empty() {
+        "whole, up to here: whether more records followed shows only to --expect-head or --at-least\n"
+    } else {
+        "the log is not as it was written\n"
+    });
+    text
+}
+
+/// One record of `audit show`
+pub fn record(record: &Record) -> String {
+    let mut text = format!("{:>6}  {}  {:<14}", record.seq, safe(&record.time), safe(&record.event));
+    for (name, value) in record.data.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        let value = match (name.as_str(), value.as_str()) {
+            (_, Some(word)) => safe(word),
+            ("key", None) => match serde_json::from_value::<KeyIdentity>(value.clone()) {
+                Ok(identity) => identity.name(),
+                Err(_) => value.to_string(),
+            },
+            _ => value.to_string(),
+        };
+        let _ = write!(text, " {}={}", safe(name), safe(&value));
+    }
+    let login = record.login.map_or_else(String::new, |uid| format!(" (logged in as {uid})"));
+    let peer =
+        record.peer.map_or_else(String::new, |peer| format!(", asked by user {} process {}", peer.uid, peer.pid));
+    let _ = writeln!(text, "  [user {}{login} process {} on {}{peer}]", record.uid, record.pid, safe(&record.host));
+    text
 }
 
 /// `keys check`

@@ -402,7 +402,8 @@ impl fuser::Filesystem for Adapter {
     ) {
         // The kernel leaves setuid and setgid bits to us (FUSE_HANDLE_KILLPRIV_V2), and has no flag for it here.
         let kill = req.uid() != 0;
-        reply_empty(reply, self.enter().and_then(|()| self.fs.allocate(ino.0, offset, length, mode, kill)));
+        let allocated = self.enter().and_then(|()| self.fs.allocate(ino.0, offset, length, mode, kill));
+        self.answer_empty(reply, allocated);
     }
 
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {

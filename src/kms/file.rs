@@ -132,15 +132,19 @@ impl KeySource for KeyFile {
     }
 
     fn describe(&self) -> Result<KeyDescription, KmsError> {
-        let stored = store::load(&self.path)?;
+        let (stored, suspended) = store::look(&self.path)?;
+        let mut warnings = vec![
+            "The key is a file on this machine: whoever can read or copy it can open the volume, and no \
+             service can show that it is gone."
+                .to_owned(),
+        ];
+        if suspended {
+            warnings.push("The key file is suspended: lethefs does not use it until it is restored.".to_owned());
+        }
         Ok(KeyDescription {
             identity: identity(&stored),
             quantum_durable: true,
-            warnings: vec![
-                "The key is a file on this machine: whoever can read or copy it can open the volume, and no \
-                 service can show that it is gone."
-                    .to_owned(),
-            ],
+            warnings,
             deletion_allowed: store::may_change_directory(&self.path),
         })
     }
@@ -159,14 +163,14 @@ impl KeySource for KeyFile {
                     destroy: none,
                 });
             }
-            Err(error) if error.failure == Failure::Denied => false,
+            Err(error) if matches!(error.failure, Failure::Denied | Failure::Suspended) => false,
             Err(error) => return Err(error),
         };
         Ok(Permissions {
             make: Some(readable),
             unwrap: Some(readable),
             describe: Some(readable),
-            suspend: Some(false),
+            suspend: Some(readable && may_change),
             destroy: Some(readable && may_change),
         })
     }
@@ -177,20 +181,18 @@ impl KeyAdmin for KeyFile {
         KeySource::describe(self)
     }
 
-    /// A file has no such state.
+    /// Puts the file aside under another name. A switch for lethefs on this machine, and no more: whoever can read the file still
+    /// can, and copies of it work.
     fn suspend(&self, recorded: &KeyIdentity) -> Result<Option<Destruction>, KmsError> {
         let KeyIdentity::File { key_id, .. } = recorded else { return Err(self.not_ours()) };
-        match store::load(&self.path) {
-            Ok(stored) if stored.key_id != *key_id => Err(self.other_key(&stored)),
-            _ => Ok(None),
+        match store::suspend(&self.path, key_id)? {
+            Some(stored) => Err(self.other_key(&stored)),
+            None => Ok(Some(Destruction::Suspended)),
         }
     }
 
     fn restore(&self) -> Result<(), KmsError> {
-        Err(KmsError::new(
-            Failure::Config,
-            format!("{} cannot be suspended, so there is nothing to restore", self.what()),
-        ))
+        store::restore(&self.path)
     }
 
     fn destroy(&self, recorded: &KeyIdentity) -> Result<Destruction, KmsError> {

@@ -13,6 +13,8 @@ mod diagnose;
 mod http;
 mod key;
 
+use std::sync::{Mutex, PoisonError};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use reqwest::Method;
@@ -33,6 +35,8 @@ use crate::crypto::Key32;
 pub struct Transit {
     key: TransitKey,
     client: Client,
+    /// Of the last request that made, opened or changed something.
+    request_id: Mutex<Option<String>>,
 }
 
 /// A reply with a key in clear: borrowed from the reply's buffer, which is wiped.
@@ -54,12 +58,21 @@ impl Transit {
 
     /// The key, at a given server.
     pub fn new(key: &TransitKey, config: Config) -> Self {
-        Self { key: key.clone(), client: Client::new(config) }
+        Self { key: key.clone(), client: Client::new(config), request_id: Mutex::default() }
     }
 
     /// The key, for messages.
     fn what(&self) -> String {
         format!("Transit key {} (engine {})", self.key.key, self.key.engine)
+    }
+
+    /// Keeps the server's number of a request that did something.
+    fn note(&self, reply: &Reply) {
+        *self.request_id.lock().unwrap_or_else(PoisonError::into_inner) = reply.request_id();
+    }
+
+    fn noted(&self) -> Option<String> {
+        self.request_id.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The path of something that the key does.
@@ -132,6 +145,7 @@ impl KeySource for Transit {
         if classify(&reply).0 != Meaning::Done {
             return Err(reply.refuse(&self.what(), "make keys"));
         }
+        self.note(&reply);
         let made: Plaintext<'_> = reply.data()?;
         let key = self.take_key(made.plaintext)?;
         let wrapped = Wrapped(made.ciphertext.unwrap_or_default().to_owned());
@@ -161,6 +175,7 @@ impl KeySource for Transit {
         if classify(&reply).0 != Meaning::Done {
             return Err(self.explain(&reply, binding, wrapped, identity));
         }
+        self.note(&reply);
         self.take_key(reply.data::<Plaintext<'_>>()?.plaintext)
     }
 
@@ -195,5 +210,9 @@ impl KeySource for Transit {
             Some(list.iter().any(|granted| granted == needed || granted == "root"))
         });
         Ok(Permissions { make, unwrap, describe, suspend, destroy })
+    }
+
+    fn last_request_id(&self) -> Option<String> {
+        self.noted()
     }
 }

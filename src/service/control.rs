@@ -19,6 +19,7 @@ use serde_json::Value;
 use super::custody::CustodyStatus;
 use super::places;
 use super::record::path_text;
+use crate::audit::Peer;
 use crate::crypto::VolumeId;
 use crate::kms::KeyIdentity;
 
@@ -59,6 +60,8 @@ pub struct Asked<'a> {
     pub op: Op,
     /// [`Op::Fsck`]: with plaintext names.
     pub names: bool,
+    /// Who asks, for the audit log.
+    pub peer: Peer,
     tell: &'a mut dyn FnMut(&str, &Value) -> io::Result<()>,
 }
 
@@ -177,15 +180,16 @@ fn converse(
     stream: &UnixStream,
     answer: &(impl Fn(&mut Asked<'_>) -> Result<Value, String> + ?Sized),
 ) -> io::Result<()> {
-    let peer = rustix::net::sockopt::socket_peercred(stream)?.uid.as_raw();
+    let peer = rustix::net::sockopt::socket_peercred(stream)?;
+    let peer = Peer { uid: peer.uid.as_raw(), pid: peer.pid.as_raw_nonzero().get() };
     stream.set_write_timeout(Some(PATIENCE))?;
-    let reply = if peer == 0 || peer == places::euid() {
+    let reply = if peer.uid == 0 || peer.uid == places::euid() {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut line = Vec::new();
         BufReader::new(stream).take(MAX_LINE).read_until(b'\n', &mut line)?;
         let mut tell =
             |what: &str, value: &Value| write_line(stream, &serde_json::json!({ "v": VERSION, what: value }));
-        respond(&line, answer, &mut tell)
+        respond(&line, peer, answer, &mut tell)
     } else {
         refuse("denied", "only root and the user of the mount are answered")
     };
@@ -200,6 +204,7 @@ fn write_line(mut stream: &UnixStream, line: &impl Serialize) -> io::Result<()> 
 
 fn respond(
     line: &[u8],
+    peer: Peer,
     answer: &(impl Fn(&mut Asked<'_>) -> Result<Value, String> + ?Sized),
     tell: &mut dyn FnMut(&str, &Value) -> io::Result<()>,
 ) -> Reply {
@@ -212,7 +217,7 @@ fn respond(
     let Ok(op) = serde_json::from_value(Value::String(request.op)) else {
         return refuse("unknown-op", "known are status, metrics, seal, resume, fsck");
     };
-    match answer(&mut Asked { op, names: request.names, tell }) {
+    match answer(&mut Asked { op, names: request.names, peer, tell }) {
         Ok(value) => Reply { v: VERSION, ok: Some(value), error: None },
         Err(why) => refuse("failed", &why),
     }
@@ -270,10 +275,13 @@ impl Client {
     }
 
     /// Asks one thing, and waits for all of the answer until then.
-    fn ask_until(mut self, op: Op, until: Instant) -> io::Result<Value> {
+    fn ask_until(self, op: Op, until: Instant) -> io::Result<Value> {
+        outcome(self.exchange(&serde_json::json!({ "v": VERSION, "op": op }), until)?)
+    }
+
+    fn exchange(mut self, question: &Value, until: Instant) -> io::Result<Reply> {
         self.stream.set_write_timeout(Some(left(until)?))?;
-        let op = serde_json::to_value(op)?;
-        let mut line = serde_json::to_vec(&serde_json::json!({ "v": VERSION, "op": op }))?;
+        let mut line = serde_json::to_vec(question)?;
         line.push(b'\n');
         self.stream.write_all(&line)?;
         let mut reply = Vec::new();
@@ -287,7 +295,20 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
-        outcome(serde_json::from_slice(&reply)?)
+        Ok(serde_json::from_slice(&reply)?)
+    }
+
+    /// Asks one thing that the mount may be too old to know. `Err` within: its refusal, code and line.
+    ///
+    /// # Errors
+    /// The system's, or a time-out.
+    pub fn ask_word(self, op: &str) -> io::Result<Result<Value, (String, String)>> {
+        let reply = self.exchange(&serde_json::json!({ "v": VERSION, "op": op }), Instant::now() + SEAL_PATIENCE)?;
+        match (reply.ok, reply.error) {
+            (Some(value), None) => Ok(Ok(value)),
+            (_, Some(refusal)) => Ok(Err((refusal.code, refusal.message))),
+            (None, None) => Err(io::Error::other("the mount gave an empty answer")),
+        }
     }
 
     /// Asks for a check of the volume; calls `told` with each line before the answer. Waits as long as lines come.

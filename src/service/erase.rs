@@ -31,12 +31,12 @@ pub enum Victim {
 }
 
 /// A KMS key to destroy.
-struct Target {
+pub(super) struct Target {
     scope: u32,
     version: u32,
     slot: u32,
-    identity: KeyIdentity,
-    uri: KeyUri,
+    pub(super) identity: KeyIdentity,
+    pub(super) uri: KeyUri,
     probe: Option<(Binding, Wrapped)>,
 }
 
@@ -108,7 +108,7 @@ pub struct LiveMount {
 pub struct Prepared {
     /// What it would do.
     pub plan: Plan,
-    targets: Vec<Target>,
+    pub(super) targets: Vec<Target>,
     backing: Option<OwnedFd>,
 }
 

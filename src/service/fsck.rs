@@ -15,6 +15,7 @@ use super::control::{Asked, Client};
 use super::mount::{replayed, take_lock, unlock};
 use super::record::{self, Files, path_text};
 use super::{Error, SCHEMA, backing, journal, mountinfo, places, trust, umount};
+use crate::audit::Event;
 use crate::crypto::{ObjectId, VolumeId};
 use crate::fs::session::MountHandle;
 use crate::kms::KeyUri;
@@ -332,7 +333,8 @@ fn offline(
     // Held to the very end.
     let lock = fd.try_clone().map_err(Error::io("cannot duplicate a descriptor"))?;
     let grant = trust::grant(copies, request.trust, request.uri.as_ref())?;
-    let unlock::Unlocked { keys, body, repair: volume_file, .. } = unlock::unlock(&grant, journal.as_ref())?;
+    let unlock::Unlocked { keys, body, repair: volume_file, audit, .. } =
+        unlock::unlock(&grant, journal.as_ref(), "fsck")?;
     let mut pin = grant.pin;
     pin.refresh(&body);
     keys.set_lowest_version(pin.lowest_version);
@@ -408,6 +410,10 @@ fn offline(
     settled.append(&mut found);
     report.findings = settled;
     sort(&mut report.findings);
+    let count = |lines: &[Line]| lines.iter().filter(|line| !line.note).count() as u64;
+    let repaired = report.findings.iter().filter(|line| line.repaired.is_some()).count() as u64;
+    let event = Event::Repair { found: count(&report.findings), repaired, left: count(&report.left) };
+    super::audit::warn(&audit, event, &mut report.warnings);
     Ok(report.judged())
 }
 

@@ -11,7 +11,8 @@ use serde::Serialize;
 
 use super::record::path_text;
 use super::trust::{self, Pin};
-use super::{Error, SCHEMA, backing, mountinfo, now};
+use super::{Error, SCHEMA, audit, backing, mountinfo, now};
+use crate::audit::Event;
 use crate::crypto::ids::hex;
 use crate::crypto::{ObjectId, VolumeId};
 use crate::keyring::{self, Keyring, SealReason};
@@ -68,11 +69,12 @@ pub fn run(request: &Request) -> Result<Report, Error> {
     let source = kms::source(&request.uri)?;
     let binding = |purpose| Binding { volume, scope: 0, version: 1, purpose };
     let kek = source.make(&binding(Purpose::Kek))?;
+    let request_id = source.last_request_id();
     let canary = source.make(&binding(Purpose::Canary))?;
     if !kek.identity.same_key(&canary.identity) {
         return Err(Error::Usage("the key service answered with two different keys: check its address".into()));
     }
-    let warnings = match source.describe() {
+    let mut warnings = match source.describe() {
         Ok(description) => description.warnings,
         Err(error) => vec![format!("the key could not be described, so its weaknesses are not known: {error}")],
     };
@@ -112,6 +114,10 @@ pub fn run(request: &Request) -> Result<Report, Error> {
     keys.admit(0, 1, &kek.key, true)?;
     let written = write(&place, &body, &keys, &request.uri);
     keys.wipe(SealReason::Unmounted);
+    let pin = written?;
+    let (backing, uri) = (super::record::path_text::encode(&place.path), request.uri.to_string());
+    let event = Event::Init { backing, uri, key: audit::key(&kek.identity), request_id };
+    audit::warn(&audit::open(volume), event, &mut warnings);
     Ok(Report {
         schema: SCHEMA,
         volume_id: volume,
@@ -120,7 +126,7 @@ pub fn run(request: &Request) -> Result<Report, Error> {
         key: kek.identity,
         uri: request.uri.clone(),
         embedded: matches!(request.uri, KeyUri::File(_)),
-        pin: written?,
+        pin,
         warnings,
     })
 }

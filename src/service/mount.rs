@@ -99,9 +99,10 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     let mut warnings = Vec::new();
     let grant = trust::grant(copies, request.trust, request.uri.as_ref())?;
     let asked = custody::tick();
-    let mut unlocked = unlock::unlock(&grant, journal.as_ref())?;
+    let mut unlocked = unlock::unlock(&grant, journal.as_ref(), "mount")?;
     let prover = custody::Prover::new(&mut unlocked);
-    let unlock::Unlocked { keys, body, used, repair, .. } = unlocked;
+    let unlock::Unlocked { keys, body, used, repair, audit, .. } = unlocked;
+    warnings.extend(super::audit::complaint(&audit));
     if let Some(journal) = &journal {
         warnings.push(format!("{}; yet the key still opens this volume", journal.sentence()));
     }
@@ -112,7 +113,7 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     pin.refresh(&body);
     keys.set_lowest_version(pin.lowest_version);
     let read_only = request.options.read_only;
-    let volume = Volume::open(backing, &backing_path, &body, keys, read_only)?;
+    let volume = Volume::open(backing, &backing_path, &body, keys, read_only)?.with_audit(Arc::clone(&audit));
     // Only now is it known that the volume file is this directory's: before, nothing may be written.
     if repair && !read_only {
         warnings.push(match VolumeFile::write(&lock, &body, volume.keys()) {
@@ -159,12 +160,16 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
         .and_then(|custody| serve_control(&files, &record, &report, handle.clone(), custody))
         .and_then(|()| watch_signals(signals, handle.clone(), files.clone(), record.pid))
         .map_err(Error::io("cannot set up renewal and the control socket"))
-        .and_then(|()| ready(&report));
+        .and_then(|()| {
+            super::audit::mounted(&audit, &report, body.generation);
+            ready(&report)
+        });
     if started.is_err() {
         let _ = handle.unmount(true);
     }
     let ended = mounted.wait();
     files.remove(record.pid);
+    super::audit::unmounted(&audit, &report.mountpoint, started.as_ref().err(), ended.as_ref().err());
     started?;
     ended.map_err(|error| Error::Mount(format!("the mount did not end cleanly: {error}")))
 }

@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | pins | `LETHEFS_TRUST_DIR` | `/etc/lethefs/trust.d` | `$XDG_CONFIG_HOME/lethefs/trust.d`, read also root's |
 //! | runtime | `LETHEFS_RUNTIME_DIR` | `/run/lethefs` | `$XDG_RUNTIME_DIR/lethefs`, else `/tmp/lethefs-UID` |
-//! | state | `LETHEFS_STATE_DIR` | `/var/lib/lethefs` | `$XDG_STATE_HOME/lethefs` |
+//! | state: erase journals, audit logs | `LETHEFS_STATE_DIR` | `/var/lib/lethefs` | `$XDG_STATE_HOME/lethefs` |
 
 use std::fs;
 use std::io;
@@ -91,13 +91,25 @@ pub fn runtime_dirs(users: &[u32]) -> Vec<PathBuf> {
 /// # Errors
 /// An ordinary user without a home.
 pub fn erase_dir() -> io::Result<PathBuf> {
+    Ok(state_dir()?.join("erase"))
+}
+
+/// Where the audit logs of this user's doings are. Root's and a user's are two.
+///
+/// # Errors
+/// An ordinary user without a home.
+pub fn audit_dir() -> io::Result<PathBuf> {
+    Ok(state_dir()?.join("audit"))
+}
+
+fn state_dir() -> io::Result<PathBuf> {
     if let Some(dir) = from_env("LETHEFS_STATE_DIR") {
-        return Ok(dir.join("erase"));
+        return Ok(dir);
     }
     if euid() == 0 {
-        return Ok("/var/lib/lethefs/erase".into());
+        return Ok("/var/lib/lethefs".into());
     }
-    Ok(home("XDG_STATE_HOME", ".local/state")?.join("lethefs/erase"))
+    Ok(home("XDG_STATE_HOME", ".local/state")?.join("lethefs"))
 }
 
 /// Makes a directory of ours, with its parents, unless it is there; then checks it.

@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Damage;
+use crate::audit::{Event, Sink};
 use crate::crypto::ObjectId;
 
 /// So many at once: a person who damages a file sees each of its blocks.
@@ -68,6 +69,21 @@ pub(super) fn write(damage: Damage, ino: u64, block: Option<u64>, victim: &Victi
         held_back,
         "integrity failure: {damage}"
     );
+}
+
+/// Records one event in the audit log: without a path, which tells of the tree, and never by name.
+pub(super) fn record(
+    sink: &Sink,
+    damage: Damage,
+    backing_ino: u64,
+    block: Option<u64>,
+    victim: &Victim,
+    count: u64,
+    held_back: u64,
+) {
+    let kind = serde_json::to_value(damage).ok().and_then(|kind| kind.as_str().map(str::to_owned)).unwrap_or_default();
+    let object = victim.object.map(|id| id.to_string());
+    let _ = sink.record(Event::Integrity { kind, object, backing_ino, block, count, held_back });
 }
 
 #[cfg(test)]

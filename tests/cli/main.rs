@@ -2,8 +2,10 @@
 //! nothing on disk. What needs FUSE or a key server is tested elsewhere.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod audit;
 mod erase;
 mod refusals;
+mod revoke;
 mod terminal;
 mod world;
 
@@ -22,7 +24,23 @@ fn help_names_every_command_and_is_not_an_error() {
         .take_while(|line| !line.is_empty())
         .filter_map(|line| line.split_whitespace().next())
         .collect();
-    assert_eq!(commands, ["init", "mount", "umount", "status", "fsck", "erase", "keys", "completions", "help"]);
+    assert_eq!(
+        commands,
+        [
+            "init",
+            "mount",
+            "umount",
+            "status",
+            "fsck",
+            "erase",
+            "revoke",
+            "restore",
+            "keys",
+            "audit",
+            "completions",
+            "help"
+        ]
+    );
     world.run(&["--version"]).is(0);
     let bash = world.run(&["completions", "bash"]);
     bash.is(0);
@@ -51,6 +69,8 @@ fn the_table_of_exit_codes_is_the_documents() {
         Code::NotConfirmed,
         Code::Repaired,
         Code::Damaged,
+        Code::AuditBroken,
+        Code::NotAllKeys,
     ];
     assert_eq!(codes, table.map(Code::code));
 }

@@ -110,7 +110,8 @@ impl World {
         }
     }
 
-    /// Everything on disk: names, modes, contents, link targets. Not the runtime directory.
+    /// Everything on disk: names, modes, contents, link targets. Not the runtime directory, and not the audit log, in which a
+    /// refusal leaves its trace.
     pub(crate) fn snapshot(&self) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
         let mut found = BTreeMap::new();
         let mut todo = vec![self.dir.path().to_owned()];
@@ -125,6 +126,9 @@ impl World {
                 } else {
                     std::fs::read(&path).unwrap()
                 };
+                if path == self.dir.path().join("state/audit") {
+                    continue;
+                }
                 if meta.is_dir() && path != self.dir.path().join("run") {
                     todo.push(path.clone());
                 }

@@ -267,7 +267,7 @@ fn key_file() {
         host: &file,
         admin: &file,
         rotate: None,
-        suspends: false,
+        suspends: true,
         tells: true,
         separates: false,
         wait: None,

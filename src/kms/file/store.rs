@@ -57,6 +57,20 @@ fn missing(path: &Path) -> KmsError {
     )
 }
 
+/// Where a suspended key file waits. Renamed, not rewritten: the key's bytes lie on the disk once.
+pub(super) fn suspended_place(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".suspended");
+    name.into()
+}
+
+fn suspended(path: &Path) -> KmsError {
+    KmsError::new(
+        Failure::Suspended,
+        format!("key file {} is suspended: `lethefs restore` brings it back", path.display()),
+    )
+}
+
 /// The directory that holds the file. The path is absolute, so there is one.
 fn directory(path: &Path) -> PathBuf {
     path.parent().unwrap_or(path).to_owned()
@@ -134,6 +148,7 @@ fn is_wiped(text: &[u8]) -> bool {
 /// Reads the key file.
 pub(super) fn load(path: &Path) -> Result<Stored, KmsError> {
     match open(path, OFlags::RDONLY)? {
+        None if open(&suspended_place(path), OFlags::RDONLY)?.is_some() => Err(suspended(path)),
         None => Err(missing(path)),
         Some(checked) if is_wiped(&checked.text) => Err(KmsError::new(
             Failure::Missing,
@@ -143,10 +158,44 @@ pub(super) fn load(path: &Path) -> Result<Stored, KmsError> {
     }
 }
 
+/// Reads the key file where it lies, suspended or not: to tell what it is, not to use it.
+pub(super) fn look(path: &Path) -> Result<(Stored, bool), KmsError> {
+    match load(path) {
+        Err(error) if error.failure == Failure::Suspended => Ok((load(&suspended_place(path))?, true)),
+        loaded => Ok((loaded?, false)),
+    }
+}
+
+/// Puts the key file aside, if it holds the key with this id. `Ok(Some)`: it holds another, and nothing was done.
+pub(super) fn suspend(path: &Path, key_id: &VolumeId) -> Result<Option<Stored>, KmsError> {
+    let (stored, aside) = look(path)?;
+    if stored.key_id != *key_id {
+        return Ok(Some(stored));
+    }
+    if !aside {
+        rename(path, &suspended_place(path), "suspend", path)?;
+    }
+    Ok(None)
+}
+
+/// Puts a suspended key file back. One that is in its place is a success.
+pub(super) fn restore(path: &Path) -> Result<(), KmsError> {
+    let (_, aside) = look(path)?;
+    if aside { rename(&suspended_place(path), path, "restore", path) } else { Ok(()) }
+}
+
+fn rename(from: &Path, to: &Path, did: &str, path: &Path) -> Result<(), KmsError> {
+    rustix::fs::renameat_with(CWD, from, CWD, to, rustix::fs::RenameFlags::NOREPLACE)
+        .map_err(|error| failed(path, did, error))?;
+    sync_directory(path)
+}
+
 /// Reads the key file, or makes it if there is none.
 pub(super) fn load_or_create(path: &Path) -> Result<Stored, KmsError> {
     match open(path, OFlags::RDONLY)? {
         Some(checked) => return parse(path, &checked.text),
+        // Not a second key under the name of the first.
+        None if open(&suspended_place(path), OFlags::RDONLY)?.is_some() => return Err(suspended(path)),
         None => create(path)?,
     }
     // Whoever came first made it.
@@ -177,9 +226,18 @@ fn create(path: &Path) -> Result<(), KmsError> {
     sync_directory(path)
 }
 
-/// Overwrites the key file with zeros and unlinks it, if it holds the key with this id. What was wiped but not unlinked
-/// is unlinked.
+/// Overwrites the key file with zeros and unlinks it, suspended or not, if it holds the key with this id. What was wiped but
+/// not unlinked is unlinked.
 pub(super) fn wipe(path: &Path, key_id: &VolumeId) -> Result<Wiped, KmsError> {
+    let there = wipe_one(path, key_id)?;
+    if let Wiped::OtherKey(_) = there {
+        return Ok(there);
+    }
+    let aside = wipe_one(&suspended_place(path), key_id)?;
+    Ok(if matches!(there, Wiped::Done) { there } else { aside })
+}
+
+fn wipe_one(path: &Path, key_id: &VolumeId) -> Result<Wiped, KmsError> {
     let cannot = |error: io::Error| failed(path, "wipe", error);
     let Some(Checked { mut file, text, device_and_inode }) = open(path, OFlags::RDWR)? else {
         return Ok(Wiped::WasGone);
@@ -208,6 +266,9 @@ pub(super) fn absence(path: &Path) -> Result<String, String> {
     let directory = directory(path);
     if !directory.is_dir() {
         return Err(format!("its directory {} is not there either, which shows nothing", directory.display()));
+    }
+    if std::fs::symlink_metadata(suspended_place(path)).is_ok() {
+        return Err("it is suspended, and there".to_owned());
     }
     match std::fs::symlink_metadata(path) {
         Ok(_) => Err("something is there".to_owned()),

@@ -24,6 +24,7 @@ struct SoftDeleted {
 impl Transit {
     /// The state after a change of it. The server answers 204 to both changes if there is no such key.
     fn state_after(&self, reply: &Reply, did: &str) -> Result<bool, KmsError> {
+        self.note(reply);
         match classify(reply).0 {
             Meaning::Done if reply.status == 204 => self.read_key(None).map(|(info, _)| info.soft_deleted),
             Meaning::Done => reply.data::<SoftDeleted>().map(|state| state.soft_deleted),
@@ -133,5 +134,9 @@ impl KeyAdmin for Transit {
         let recorded = self.recorded(identity)?;
         let findings = self.evidence(&recorded, probe)?;
         Ok(Proof { self_asserted: false, at: jiff::Timestamp::now().to_string(), findings })
+    }
+
+    fn last_request_id(&self) -> Option<String> {
+        self.noted()
     }
 }

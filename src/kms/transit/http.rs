@@ -56,6 +56,18 @@ impl Reply {
         })
     }
 
+    /// The server's own number of the request. Refusals carry none.
+    pub(super) fn request_id(&self) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Outer<'a> {
+            request_id: &'a str,
+        }
+        let id = serde_json::from_slice::<Outer<'_>>(&self.body).ok()?.request_id;
+        // It goes into the audit log as it is.
+        let plain = !id.is_empty() && id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        plain.then(|| id.to_owned())
+    }
+
     /// Status and body on one line. Only for replies that hold no secret: errors, and `sys/health`.
     pub(super) fn quote(&self) -> String {
         let text = String::from_utf8_lossy(&self.body);

@@ -1,14 +1,17 @@
 //! The erase itself: T1 inaccessible, live mounts sealed, T2 destruction, T3 proof. Journalled before and after each.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use super::{Confirmed, Target, plan};
+use crate::audit::{Event, Sink};
 use crate::crypto::VolumeId;
 use crate::kms::{self, Destruction, Failure, KeyIdentity, KmsError};
 use crate::service::control::{Client, Op};
 use crate::service::journal::{Journal, Place, Receipt, SlotJournal, SlotState, State};
 use crate::service::record::{self, path_text};
-use crate::service::{Error, SCHEMA, mountinfo, now};
+use crate::service::{Error, SCHEMA, audit, mountinfo, now};
 use crate::volume::meta::{KeyState, VolumeFile};
 
 /// How far an erase got.
@@ -49,7 +52,10 @@ impl Confirmed {
         let (begun_before, targets) = (self.begun_before(), &self.prepared.targets);
         let places: Vec<KeyPlace> = targets.iter().map(|target| KeyPlace::look(target, &begun_before)).collect();
         let journal = self.journal(&begun_before, &places);
-        let mut run = Run { warnings: Vec::new(), self_asserted: false, places, journal, confirmed: &self };
+        let audit = audit::open(self.prepared.plan.volume_id);
+        let (warnings, logged) = (Vec::new(), Vec::new());
+        let mut run = Run { warnings, self_asserted: false, places, journal, audit, logged, confirmed: &self };
+        run.record(State::Begun, None);
         run.save()?;
         checkpoint("begun");
         // Live mounts are sealed only once the key service let these credentials do their part: an erase that was never
@@ -69,6 +75,9 @@ impl Confirmed {
         }
         checkpoint("scheduled");
         let incomplete = run.prove()?;
+        if let Some(error) = &incomplete {
+            run.record(run.journal.state, Some(error.to_string()));
+        }
         Ok(Outcome {
             report: Report {
                 schema: SCHEMA,
@@ -169,9 +178,31 @@ struct Run<'a> {
     journal: Journal,
     warnings: Vec<String>,
     self_asserted: bool,
+    audit: Arc<Sink>,
+    /// Steps that this run has recorded.
+    logged: Vec<State>,
 }
 
 impl Run<'_> {
+    /// Records a step in the audit log, on the medium before the journal calls it done. An erase goes on without.
+    fn record(&mut self, state: State, problem: Option<String>) {
+        if problem.is_none() && self.logged.contains(&state) {
+            return;
+        }
+        self.logged.push(state);
+        let word = |value| serde_json::to_value(value).ok();
+        let phase = match (&problem, word(state).as_ref().and_then(|word| word.as_str())) {
+            (None, Some(word)) => word.to_owned(),
+            _ => "incomplete".to_owned(),
+        };
+        let slots = self.journal.slots.iter();
+        let keys = slots.map(|slot| {
+            serde_json::json!({ "slot": slot.id, "uri": slot.uri, "key": audit::key(&slot.identity), "state": slot.state,
+                "problem": slot.problem })
+        });
+        audit::warn(&self.audit, Event::Erase { phase, keys: keys.collect(), problem }, &mut self.warnings);
+    }
+
     fn save(&self) -> Result<(), Error> {
         let what = match self.confirmed.place {
             Place::Backing(_) => {
@@ -390,6 +421,7 @@ impl Run<'_> {
 
     /// Marks a step; a time from an earlier run stays.
     fn reached(&mut self, state: State) {
+        self.record(state, None);
         let journal = &mut self.journal;
         let at = match state {
             State::Begun => return,

@@ -1,0 +1,9 @@
+//! Custody with the real binary, mounts and a real OpenBao: the audit log, `revoke` and `restore`, slots, recovery shares, saved
+//! headers. Needs root, `/dev/fuse` and a `bao`.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod audit;
+mod revoke;
+#[path = "../support/mod.rs"]
+mod support;
+mod world;
