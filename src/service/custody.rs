@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::mount::unlock::Unlocked;
 use super::now;
+use crate::audit::{Event, Peer, Renewals, Sink};
 use crate::crypto::ids::unhex;
 use crate::crypto::{Key32, VolumeId};
 use crate::fs::seal::{DRAIN, PURGE, SealReport};
@@ -122,12 +123,16 @@ struct Inner {
     last_seal: Option<SealReport>,
     /// Seals and resumes that are due and not done.
     doing: usize,
+    renewals: Renewals,
+    /// What is to be recorded once what is due is done: a log on a disk that hangs must not keep a seal from happening.
+    untold: Vec<Event>,
 }
 
 /// See the module's text.
 pub(super) struct Custody {
     prover: Prover,
     handle: MountHandle,
+    audit: Arc<Sink>,
     inner: Mutex<Inner>,
     /// Held by whoever seals or resumes. A seal at once does not wait for one in order.
     acting: Mutex<()>,
@@ -142,11 +147,18 @@ impl Custody {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn start(prover: Prover, terms: Terms, asked: Tick, handle: MountHandle) -> io::Result<Arc<Self>> {
+    pub(super) fn start(
+        prover: Prover,
+        terms: Terms,
+        asked: Tick,
+        handle: MountHandle,
+        audit: Arc<Sink>,
+    ) -> io::Result<Arc<Self>> {
         let eventfd = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let custody = Arc::new(Self {
             prover,
             handle,
+            audit,
             inner: Mutex::new(Inner {
                 lease: Lease::new(terms, asked),
                 since: now(),
@@ -155,6 +167,8 @@ impl Custody {
                 failure: None,
                 last_seal: None,
                 doing: 0,
+                renewals: Renewals::default(),
+                untold: Vec::new(),
             }),
             acting: Mutex::new(()),
             attempted: Condvar::new(),
@@ -207,16 +221,27 @@ impl Custody {
         if let Some(error) = &failure {
             tracing::warn!(class = ?error.failure, detail = error.detail.as_deref(), "the key service: {error}");
         }
+        let (slot, request_id) = (self.prover.used.slot.id, self.prover.source.last_request_id());
         {
             let mut inner = self.inner();
-            inner.failure = failure.map(|error| error.failure);
+            inner.failure = failure.as_ref().map(|error| error.failure);
             inner.proofs += u64::from(answer == Answer::Proved);
+            let outcome = failure.as_ref().map_or_else(|| "ok".into(), |error| error.failure.word());
+            let renewed = inner.renewals.note(asked, slot, &outcome, request_id.clone());
+            inner.untold.extend(renewed);
+            if let (Some(error), Answer::Refused | Answer::Destroyed, true) =
+                (failure, answer, inner.lease.state().serves())
+            {
+                let (class, message) = (error.failure.word(), error.message);
+                inner.untold.push(Event::Deny { slot, class, message, request_id });
+            }
         }
         self.step(|lease| lease.heard(asked, tick(), answer, early()));
         // A seal in order that is still writing out serves an expired lease, not a revoked key.
         if matches!(answer, Answer::Refused | Answer::Destroyed) && self.handle.is_draining() {
-            self.sealed(self.handle.seal(SealReason::Revoked));
+            self.sealed(self.handle.seal(SealReason::Revoked), "lease");
         }
+        self.tell(None);
         self.inner().attempts += 1;
         self.attempted.notify_all();
     }
@@ -228,15 +253,29 @@ impl Custody {
             self.act(action);
             self.inner().doing -= 1;
         }
+        self.tell(None);
+    }
+
+    /// Records what there is to record.
+    fn tell(&self, peer: Option<Peer>) {
+        let events = std::mem::take(&mut self.inner().untold);
+        for event in events {
+            let _ = match peer {
+                Some(peer) => self.audit.record_for(peer, event),
+                None => self.audit.record(event),
+            };
+        }
     }
 
     fn act(&self, action: Option<Action>) {
         let _alone = self.acting();
         match action {
             // The lease may have moved on while this waited for its turn: what it says now is what counts.
-            Some(Action::Wipe) if !self.serves() => self.sealed(self.handle.seal(SealReason::Revoked)),
+            Some(Action::Wipe) if !self.serves() => {
+                self.sealed(self.handle.seal(SealReason::Revoked), "lease");
+            }
             Some(Action::Drain) if !self.serves() => {
-                self.sealed(self.handle.seal_in_order(SealReason::Expired, DRAIN));
+                self.sealed(self.handle.seal_in_order(SealReason::Expired, DRAIN), "lease");
             }
             Some(Action::Resume) if self.serves() => self.resume(),
             _ => {}
@@ -259,6 +298,8 @@ impl Custody {
         inner.doing += usize::from(action.is_some());
         if before != after {
             inner.since = now();
+            let why = inner.failure.map(Failure::word);
+            inner.untold.push(Event::Lease { from: word(&before), to: word(&after), why });
             tracing::warn!(?before, ?after, failure = ?inner.failure, "the lease on the key");
             // Its deadline is another one now.
             let _ = rustix::io::write(&self.wake_deadline, &1_u64.to_ne_bytes());
@@ -266,9 +307,12 @@ impl Custody {
         action
     }
 
-    fn sealed(&self, report: SealReport) {
+    fn sealed(&self, report: SealReport, by: &str) {
         tracing::warn!(?report, "sealed");
-        self.inner().last_seal = Some(report);
+        let mut inner = self.inner();
+        inner.last_seal = Some(report);
+        let counts = serde_json::to_value(report).unwrap_or_default();
+        inner.untold.push(Event::Seal { reason: word(&report.reason), by: by.into(), counts });
     }
 
     fn resume(&self) {
@@ -279,11 +323,17 @@ impl Custody {
                 if self.serves() {
                     self.handle.reopen(&[(used.scope, used.version, &kek)]);
                     tracing::warn!("resumed");
+                    let (slot, request_id) = (Some(used.slot.id), self.prover.source.last_request_id());
+                    self.inner().untold.push(Event::Resume { why: "proved".into(), slot, request_id });
                 }
             }
             Err(error) => {
                 tracing::warn!(class = ?error.failure, detail = error.detail.as_deref(), "cannot resume: {error}");
-                self.inner().failure = Some(error.failure);
+                {
+                    let mut inner = self.inner();
+                    inner.failure = Some(error.failure);
+                    inner.untold.push(Event::ResumeFailed { why: error.failure.word() });
+                }
                 self.change(|lease| {
                     lease.not_resumed(tick());
                     None
@@ -293,13 +343,14 @@ impl Custody {
     }
 
     /// Seals at once, until somebody asks to resume.
-    pub(super) fn hold(&self) -> SealReport {
+    pub(super) fn hold(&self, peer: Peer) -> SealReport {
         let held = self.change(Lease::hold);
         let _alone = if self.handle.is_draining() { None } else { Some(self.acting()) };
         let report = self.handle.seal(SealReason::Revoked);
         if report.sealed_now {
-            self.sealed(report);
+            self.sealed(report, "request");
         }
+        self.tell(Some(peer));
         self.inner().doing -= usize::from(held.is_some());
         report
     }
@@ -321,6 +372,13 @@ impl Custody {
         }
         drop(inner);
         self.status()
+    }
+
+    /// Records what is counted and not recorded yet.
+    pub(super) fn end(&self) {
+        let rest = self.inner().renewals.rest(self.prover.used.slot.id);
+        self.inner().untold.extend(rest);
+        self.tell(None);
     }
 
     /// For `status`.

@@ -153,9 +153,10 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
     let keeping = match prover {
-        Some(prover) => custody::Custody::start(prover, request.terms, asked, handle.clone()),
+        Some(prover) => custody::Custody::start(prover, request.terms, asked, handle.clone(), audit.clone()),
         None => Err(io::Error::other("no key service")),
     };
+    let kept = keeping.as_ref().ok().cloned();
     let started = keeping
         .and_then(|custody| serve_control(&files, &record, &report, handle.clone(), custody))
         .and_then(|()| watch_signals(signals, handle.clone(), files.clone(), record.pid))
@@ -169,6 +170,9 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     }
     let ended = mounted.wait();
     files.remove(record.pid);
+    if let Some(custody) = kept {
+        custody.end();
+    }
     super::audit::unmounted(&audit, &report.mountpoint, started.as_ref().err(), ended.as_ref().err());
     started?;
     ended.map_err(|error| Error::Mount(format!("the mount did not end cleanly: {error}")))
@@ -361,7 +365,7 @@ fn serve_control(
             Op::Metrics => serde_json::to_value(handle.status()),
             Op::Seal => {
                 tracing::warn!("sealed on request");
-                serde_json::to_value(custody.hold())
+                serde_json::to_value(custody.hold(asked.peer))
             }
             Op::Resume => serde_json::to_value(custody.release(control::RESUME_PATIENCE)),
             Op::Fsck => {
