@@ -16,7 +16,8 @@ use clap::{CommandFactory as _, Parser};
 
 use crate::audit::Expected;
 use crate::service::daemon::{self, Side, Told};
-use crate::service::{Error, audit, erase, fsck, init, keys, mount, revoke, status, umount};
+use crate::service::supervisor::Role;
+use crate::service::{Error, audit, erase, fsck, init, keys, mount, revoke, status, supervisor, umount};
 use exit::ExitCode;
 use options::{Asked, parse_uri};
 
@@ -158,8 +159,12 @@ fn run_init(given: &args::Init) -> Result<u8, Error> {
 
 fn run_mount(asked: &Asked, json: bool) -> Result<u8, Error> {
     let shown = |report: &mount::Report| if json { output::json(report) } else { output::mount(report) };
-    if asked.foreground {
-        mount::run(&asked.request, |report| {
+    if asked.request.foreground {
+        let link = match supervisor::split(true)? {
+            Role::Supervisor(supervisor) => return Ok(supervisor.watch()),
+            Role::Daemon(link) => link,
+        };
+        mount::run(&asked.request, &link, |report| {
             output::complain(&output::warnings(&report.warnings));
             output::print(&shown(report));
             Ok(())
@@ -175,8 +180,20 @@ fn run_mount(asked: &Asked, json: bool) -> Result<u8, Error> {
         }
         Side::Child(reporter) => reporter,
     };
+    let link = match supervisor::split(false) {
+        Ok(Role::Supervisor(supervisor)) => {
+            // The parent waits for the last one to let go of this.
+            drop(reporter);
+            return Ok(supervisor.watch());
+        }
+        Ok(Role::Daemon(link)) => link,
+        Err(error) => {
+            reporter.tell(&Told { exit: exit::code(&error).code(), out: String::new(), err: error_line(&error) });
+            return Ok(exit::code(&error).code());
+        }
+    };
     let mut reporter = Some(reporter);
-    let served = mount::run(&asked.request, |report| {
+    let served = mount::run(&asked.request, &link, |report| {
         daemon::detach(&report.log)?;
         if let Some(reporter) = reporter.take() {
             // Like mount(8), a mount that works says nothing unless it is asked to.

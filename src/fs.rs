@@ -19,5 +19,6 @@ pub mod errno;
 pub mod gate;
 pub mod inode;
 pub mod namespace;
+pub mod notify;
 pub mod seal;
 pub mod session;

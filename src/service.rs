@@ -5,6 +5,7 @@
 //! - [`audit`]: where a volume's audit log is, checking it and showing it;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
 //! - [`control`]: the socket of a live mount, both ends; [`record`]: what a live mount leaves in the runtime directory;
+//! - [`supervisor`]: the process without keys that clears up behind a dead daemon;
 //! - [`custody`]: renewal of the lease on a live mount's key, seal and resume;
 //! - [`daemon`]: going to the background; [`places`]: directories outside the volume; [`mountinfo`]: what is mounted where;
 //! - [`journal`]: the journal of an erase; [`backing`]: locking and walking a backing directory without keys.
@@ -27,6 +28,7 @@ pub mod places;
 pub mod record;
 pub mod revoke;
 pub mod status;
+pub mod supervisor;
 pub mod trust;
 pub mod umount;
 

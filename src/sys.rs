@@ -3,3 +3,4 @@
 pub mod extents;
 pub mod process;
 pub mod secret_map;
+pub mod shared_list;

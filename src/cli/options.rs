@@ -15,8 +15,6 @@ use crate::service::{Error, custody, mount};
 pub struct Asked {
     /// For the service.
     pub request: mount::Request,
-    /// Stay in the foreground.
-    pub foreground: bool,
 }
 
 /// Words of fstab(5) and mount(8) that concern others.
@@ -83,8 +81,17 @@ fn start(backing: PathBuf, mountpoint: PathBuf) -> Asked {
     // suid and dev are off unless asked for: the backing store's modes are not authenticated.
     let options = MountOptions { suid: false, dev: false, ..MountOptions::default() };
     let terms = custody::terms(custody::RENEW_INTERVAL, custody::GRACE);
-    let request = mount::Request { backing, mountpoint, trust: false, uri: None, log_file: None, terms, options };
-    Asked { request, foreground: false }
+    let request = mount::Request {
+        backing,
+        mountpoint,
+        trust: false,
+        uri: None,
+        log_file: None,
+        terms,
+        foreground: false,
+        options,
+    };
+    Asked { request }
 }
 
 fn apply_lists(asked: &mut Asked, lists: &[String], sloppy: bool) -> Result<(), Error> {
@@ -119,7 +126,7 @@ fn split(list: &str) -> Vec<String> {
 
 /// Applies one option. `false`: not known.
 fn apply(asked: &mut Asked, word: &str, value: Option<&str>) -> Result<bool, Error> {
-    let Asked { request, foreground } = asked;
+    let Asked { request } = asked;
     let options = &mut request.options;
     let needs = || {
         value
@@ -146,7 +153,7 @@ fn apply(asked: &mut Asked, word: &str, value: Option<&str>) -> Result<bool, Err
         _ if IGNORED.contains(&word) || word.starts_with("x-") => {}
         _ => {
             let (field, on) = match word {
-                "foreground" => (foreground, true),
+                "foreground" => (&mut request.foreground, true),
                 "trust" => (&mut request.trust, true),
                 "allow_other" => (&mut options.allow_other, true),
                 "default_permissions" => (&mut options.default_permissions, true),

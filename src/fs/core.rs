@@ -10,6 +10,7 @@ use super::errno::Failed;
 use super::gate::Gate;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
 use crate::keyring::Dek;
+use crate::sys::shared_list::SharedList;
 use crate::volume::dir::DirKeys;
 use crate::volume::events::Limiter;
 use crate::volume::file::FileState;
@@ -82,7 +83,12 @@ pub struct Filesystem {
 impl Filesystem {
     /// Over an open volume, with at most about `fds` descriptors cached.
     pub fn new(volume: Volume, fds: usize, acl: bool) -> Self {
-        let inodes = InodeTable::new(volume.root().clone());
+        Self::listing(volume, fds, acl, None)
+    }
+
+    /// The same, with a list of what the kernel may cache.
+    pub fn listing(volume: Volume, fds: usize, acl: bool, list: Option<Arc<SharedList>>) -> Self {
+        let inodes = InodeTable::new(volume.root().clone(), list);
         if let Some(root) = inodes.get(super::inode::ROOT) {
             let _ = root.dir.set(Box::new(volume.root_dir().clone()));
         }

@@ -12,6 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
+use crate::sys::shared_list::{Entry, SharedList};
 use crate::volume::dir::DirKeys;
 use crate::volume::file::FileState;
 use crate::volume::header::Static;
@@ -96,10 +97,12 @@ pub struct Inode {
     /// Rises when data that the kernel held was refused: what it still holds of the object is then not the object any more,
     /// and descriptors that are open get `EIO` (fuse_stale_inode in fs/fuse/fuse_i.h).
     pub generation: AtomicU64,
+    /// Its place in the supervisor's list.
+    _listed: Option<Entry>,
 }
 
 impl Inode {
-    fn new(ino: u64, kind: Kind, link: Link) -> Self {
+    fn new(ino: u64, kind: Kind, link: Link, listed: Option<Entry>) -> Self {
         Self {
             ino,
             kind,
@@ -116,6 +119,7 @@ impl Inode {
             removed: AtomicBool::new(false),
             unnamed: AtomicBool::new(false),
             generation: AtomicU64::new(0),
+            _listed: listed,
         }
     }
 }
@@ -215,16 +219,26 @@ const SHARDS: usize = 16;
 /// All inodes that the kernel knows.
 pub struct InodeTable {
     shards: Vec<Mutex<HashMap<u64, Arc<Inode>>>>,
+    /// What the kernel may cache, for whoever purges it if this process dies.
+    list: Option<Arc<SharedList>>,
 }
 
 impl InodeTable {
     /// A table with the root.
-    pub fn new(root: Arc<OwnedFd>) -> Self {
-        let table = Self { shards: (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect() };
-        let inode = Inode::new(ROOT, Kind::Directory, Link::Root(root));
+    pub fn new(root: Arc<OwnedFd>, list: Option<Arc<SharedList>>) -> Self {
+        let table = Self { shards: (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect(), list };
+        let inode = Inode::new(ROOT, Kind::Directory, Link::Root(root), table.listed(ROOT));
         inode.lookups.store(1, Ordering::Relaxed);
         lock(table.shard(ROOT)).insert(ROOT, Arc::new(inode));
         table
+    }
+
+    fn listed(&self, ino: u64) -> Option<Entry> {
+        let entry = self.list.as_ref()?.add(ino);
+        if entry.is_none() {
+            tracing::error!("the supervisor's list of inodes is full: it would not purge all of them");
+        }
+        entry
     }
 
     fn shard(&self, ino: u64) -> &Mutex<HashMap<u64, Arc<Inode>>> {
@@ -243,13 +257,19 @@ impl InodeTable {
         let inode = {
             let mut shard = lock(self.shard(ino));
             let inode = shard.entry(ino).or_insert_with(|| {
-                Arc::new(Inode::new(ino, kind, Link::At { parent: parent.clone(), name: name.into() }))
+                Arc::new(Inode::new(
+                    ino,
+                    kind,
+                    Link::At { parent: parent.clone(), name: name.into() },
+                    self.listed(ino),
+                ))
             });
             if inode.kind != kind {
                 if inode.lookups.load(Ordering::Relaxed) > 0 {
                     return None;
                 }
-                *inode = Arc::new(Inode::new(ino, kind, Link::At { parent: parent.clone(), name: name.into() }));
+                let link = Link::At { parent: parent.clone(), name: name.into() };
+                *inode = Arc::new(Inode::new(ino, kind, link, self.listed(ino)));
             }
             inode.lookups.fetch_add(1, Ordering::Relaxed);
             inode.clone()
@@ -383,11 +403,11 @@ mod tests {
 
     fn root() -> Arc<Inode> {
         let fd = std::fs::File::open("/").unwrap();
-        Arc::new(Inode::new(ROOT, Kind::Directory, Link::Root(Arc::new(fd.into()))))
+        Arc::new(Inode::new(ROOT, Kind::Directory, Link::Root(Arc::new(fd.into())), None))
     }
 
     fn below(parent: &Arc<Inode>, name: &str) -> Arc<Inode> {
-        Arc::new(Inode::new(2, Kind::Directory, Link::At { parent: parent.clone(), name: name.into() }))
+        Arc::new(Inode::new(2, Kind::Directory, Link::At { parent: parent.clone(), name: name.into() }, None))
     }
 
     #[test]
@@ -404,7 +424,7 @@ mod tests {
     #[test]
     fn a_number_means_one_kind_for_as_long_as_the_kernel_knows_it() {
         let Link::Root(fd) = std::mem::replace(&mut *lock(&root().link), Link::Gone) else { unreachable!() };
-        let table = InodeTable::new(fd);
+        let table = InodeTable::new(fd, None);
         let root = table.get(ROOT).unwrap();
         assert!(table.enter(7, Kind::Regular, &root, "a").is_some());
         assert!(table.enter(7, Kind::Directory, &root, "b").is_none());

@@ -14,13 +14,10 @@ use serde::Serialize;
 
 use super::gate::Phase;
 use super::inode::lock;
+use super::notify;
 use super::session::MountHandle;
 use crate::crypto::Key32;
 use crate::keyring::SealReason;
-
-/// FUSE_NOTIFY_INVAL_INODE and FUSE_NOTIFY_INC_EPOCH (include/uapi/linux/fuse.h).
-const NOTIFY_INVAL_INODE: i32 = 2;
-const NOTIFY_INC_EPOCH: i32 = 8;
 
 /// How long an orderly seal gives the backing filesystem to take what is dirty. Part of the declared bound.
 pub const DRAIN: Duration = Duration::from_secs(30);
@@ -172,7 +169,7 @@ impl MountHandle {
     /// when the time was up.
     fn purge(&self, patience: Duration) -> (usize, usize) {
         let until = Instant::now() + patience;
-        let _ = self.notify(NOTIFY_INC_EPOCH, &[]);
+        let _ = notify::inc_epoch(self.device.as_fd());
         let inodes = self.fs.inodes.all();
         let total = inodes.len();
         let inodes = Arc::new(Mutex::new(inodes.into_iter()));
@@ -180,10 +177,8 @@ impl MountHandle {
         let work = move |handle: &Self, tell: &std::sync::mpsc::Sender<bool>| {
             loop {
                 let Some(ino) = lock(&inodes).next() else { return };
-                // ino, offset, length: all of it.
-                let body: Vec<u8> = [ino, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
                 // Where nobody waits any more, the work is still to be done.
-                let _ = tell.send(handle.notify(NOTIFY_INVAL_INODE, &body).is_ok());
+                let _ = tell.send(notify::inval_inode(handle.device.as_fd(), ino).is_ok());
             }
         };
         let spawned = (0..PURGERS).filter(|_| {
@@ -213,17 +208,6 @@ impl MountHandle {
             );
         }
         (purged, total - answered)
-    }
-
-    /// A notification: struct fuse_out_header with unique 0, its code in the error field.
-    fn notify(&self, code: i32, body: &[u8]) -> std::io::Result<()> {
-        let mut message = Vec::with_capacity(16 + body.len());
-        message.extend((16 + body.len() as u32).to_ne_bytes());
-        message.extend(code.to_ne_bytes());
-        message.extend(0_u64.to_ne_bytes());
-        message.extend(body);
-        rustix::io::write(self.device.as_fd(), &message)?;
-        Ok(())
     }
 }
 

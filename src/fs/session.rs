@@ -4,7 +4,7 @@
 //! loses the mount (fuser issue 686), and INC_EPOCH needs the descriptor.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
@@ -18,6 +18,7 @@ use super::adapter::Adapter;
 use super::core::Filesystem;
 use super::seal::SealReport;
 use crate::keyring::SealReason;
+use crate::sys::shared_list::SharedList;
 use crate::volume::storage::Errno;
 use crate::volume::{Volume, VolumeError, check};
 
@@ -113,16 +114,23 @@ pub struct MountHandle {
 }
 
 impl Mounted {
-    /// Mounts, starts the workers, and returns once the filesystem answers.
+    /// Mounts, starts the workers, and returns once the filesystem answers. `list` is kept up to date with what the kernel may
+    /// cache; `made` gets the connection's descriptor as soon as there is one, before anything can be cached.
     ///
     /// # Errors
     /// The system's; nothing stays mounted then.
-    pub fn start(mut volume: Volume, mountpoint: &Path, options: &MountOptions) -> io::Result<Self> {
+    pub fn start(
+        mut volume: Volume,
+        mountpoint: &Path,
+        options: &MountOptions,
+        list: Option<Arc<SharedList>>,
+        made: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<Self> {
         if !volume.read_only() && !options.no_log {
             volume.begin_log().map_err(|error| io::Error::other(format!("no intent log: {error}")))?;
         }
         let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1 << 20);
-        let fs = Arc::new(Filesystem::new(volume, (files / 4).clamp(64, 4096) as usize, options.acl));
+        let fs = Arc::new(Filesystem::listing(volume, (files / 4).clamp(64, 4096) as usize, options.acl, list));
         fs.clean(super::inode::ROOT).map_err(|failed| io::Error::from_raw_os_error(failed.errno()))?;
         let fuse = mount(fs.volume.path(), mountpoint, options).inspect_err(|_| {
             // Nothing was mounted: nothing stays.
@@ -131,7 +139,7 @@ impl Mounted {
         let device = Arc::new(fuse.try_clone()?);
         let mountpoint_of = Arc::new(mountpoint.to_owned());
         let handle = MountHandle { fs: fs.clone(), device, sealing: Arc::default(), mountpoint: mountpoint_of };
-        Self::serve(fs, fuse, &handle, options).inspect_err(|_| {
+        made(fuse.as_fd()).and_then(|()| Self::serve(fs, fuse, &handle, options)).inspect_err(|_| {
             let _ = unmount_path(mountpoint, true);
         })
     }

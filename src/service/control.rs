@@ -92,6 +92,9 @@ pub struct Status {
     pub mountpoint: PathBuf,
     /// The daemon.
     pub pid: i32,
+    /// The process that clears up behind it, as long as that lives.
+    #[serde(default)]
+    pub supervisor: Option<i32>,
     /// RFC 3339, UTC.
     pub started: String,
     /// The KMS key in use.

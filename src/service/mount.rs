@@ -6,7 +6,7 @@
 pub(super) mod unlock;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use signal_hook::iterator::Signals;
 
 use super::control::{self, Client, Op, Status};
 use super::record::{self, Files, Record, path_text};
-use super::{Error, SCHEMA, backing, custody, fsck, journal, mountinfo, places, trust, umount};
+use super::{Error, SCHEMA, backing, custody, fsck, journal, mountinfo, places, supervisor, trust, umount};
 use crate::crypto::VolumeId;
 use crate::fs::session::{MountHandle, MountOptions, Mounted};
 use crate::keyring::SealReason;
@@ -46,6 +46,8 @@ pub struct Request {
     pub log_file: Option<PathBuf>,
     /// How long the key may be used without a new proof.
     pub terms: Terms,
+    /// Keeps the terminal.
+    pub foreground: bool,
     /// For the filesystem.
     pub options: MountOptions,
 }
@@ -67,6 +69,8 @@ pub struct Report {
     pub mountpoint: PathBuf,
     /// The daemon.
     pub pid: i32,
+    /// The process that clears up behind it.
+    pub supervisor: Option<i32>,
     /// The key in use.
     pub key: KeyIdentity,
     /// How this host reaches it.
@@ -84,7 +88,11 @@ pub struct Report {
 ///
 /// # Errors
 /// What kept it from mounting; `ready` was not called, or failed itself. After `ready`, only how it ended.
-pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) -> Result<(), Error> {
+pub fn run(
+    request: &Request,
+    link: &supervisor::Link,
+    ready: impl FnOnce(&Report) -> Result<(), Error>,
+) -> Result<(), Error> {
     process::harden();
     let backing_path = backing::canonical(&request.backing, "backing directory")?;
     let mountpoint = check_mountpoint(&request.mountpoint)?;
@@ -138,6 +146,7 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
         backing: backing_path.clone(),
         mountpoint: mountpoint.clone(),
         pid: record.pid,
+        supervisor: link.supervisor().map(|pid| pid.as_raw_nonzero().get()),
         key: used.slot.identity.clone(),
         uri: used.uri.clone(),
         options: option_texts(&request.options),
@@ -146,10 +155,13 @@ pub fn run(request: &Request, ready: impl FnOnce(&Report) -> Result<(), Error>) 
     };
 
     // From here on a signal means an orderly end; before, it ends a process that has not mounted anything.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Error::io("cannot catch signals"))?;
+    let signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP, supervisor::STOP]).map_err(Error::io("cannot catch signals"))?;
     // Caught and not looked at: a write beyond a hard limit on file sizes then fails instead of ending the mount.
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(Error::io("cannot catch signals"))?;
-    let mounted = Mounted::start(volume, &mountpoint, &request.options)
+    let log = (!request.foreground).then_some(report.log.as_path());
+    let tell = |fuse: BorrowedFd<'_>| link.mounted(&mountpoint, &files, log, fuse);
+    let mounted = Mounted::start(volume, &mountpoint, &request.options, Some(link.list()), tell)
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
     let keeping = match prover {
@@ -346,6 +358,7 @@ fn serve_control(
         backing: record.backing.clone(),
         mountpoint: record.mountpoint.clone(),
         pid: record.pid,
+        supervisor: report.supervisor,
         started: record.started.clone(),
         key: report.key.clone(),
         uri: report.uri.to_string(),
@@ -360,7 +373,10 @@ fn serve_control(
             Op::Status => {
                 let counters = serde_json::to_value(handle.status()).unwrap_or_default();
                 let sealed = counters.get("sealed").and_then(|reason| reason.as_str()).map(str::to_owned);
-                serde_json::to_value(Status { sealed, custody: Some(custody.status()), counters, ..status.clone() })
+                let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+                let supervisor = status.supervisor.filter(|pid| parent == Some(*pid));
+                let custody = Some(custody.status());
+                serde_json::to_value(Status { sealed, supervisor, custody, counters, ..status.clone() })
             }
             Op::Metrics => serde_json::to_value(handle.status()),
             Op::Seal => {
@@ -385,14 +401,19 @@ fn serve_control(
 /// The first signal unmounts, lazily if the mount is in use; a second one wipes the keys and ends at once.
 fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files, pid: i32) -> io::Result<()> {
     let watch = move || {
-        let mut asked = false;
+        let (mut asked, mut ending) = (false, false);
         for signal in signals.forever() {
-            if asked {
+            // The supervisor passes on what was sent to it; both may be sent the same at once.
+            let passed_on = signal == supervisor::STOP;
+            if asked && !passed_on {
                 handle.seal(SealReason::Unmounted);
                 files.remove(pid);
                 std::process::exit(1);
             }
-            asked = true;
+            asked |= !passed_on;
+            if std::mem::replace(&mut ending, true) {
+                continue;
+            }
             tracing::info!(signal, "unmounting");
             let handle = handle.clone();
             // On its own thread: pushing data out may take long, and the next signal must be heard meanwhile.
@@ -450,6 +471,7 @@ mod tests {
             backing: "/b".into(),
             mountpoint: "/there".into(),
             pid: record.pid,
+            supervisor: None,
             started: String::new(),
             key: KeyIdentity::File { key_id: VolumeId([1; 16]), created: String::new() },
             uri: String::new(),

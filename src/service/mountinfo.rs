@@ -13,6 +13,8 @@ use crate::fs::session::FS_TYPE;
 pub struct Mount {
     /// Where.
     pub mountpoint: PathBuf,
+    /// `major:minor` of its device.
+    pub device: String,
     /// As in `fuse.lethefs`.
     pub fs_type: String,
     /// What the filesystem calls its source.
@@ -68,6 +70,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let options = String::from_utf8_lossy(options);
     Some(Mount {
         mountpoint: unescape(fields.get(4)?),
+        device: String::from_utf8_lossy(fields.get(2)?).into_owned(),
         fs_type: String::from_utf8_lossy(fs_type).into_owned(),
         source: unescape(source),
         user: options.split(',').find_map(|option| option.strip_prefix("user_id=")?.parse().ok()),

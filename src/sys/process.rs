@@ -34,6 +34,17 @@ pub fn fork_single_threaded() -> io::Result<Fork> {
     }
 }
 
+/// Ends this process as this signal does by default.
+pub fn end_by(signal: i32) -> ! {
+    // SAFETY: no pointers are passed; SIG_DFL is a disposition for any signal that can have one.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+    if let Some(signal) = rustix::process::Signal::from_named_raw(signal) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+    }
+    // A signal that does not end anybody by default.
+    std::process::exit(128 + (signal & 0x7f))
+}
+
 /// Keeps keys out of core dumps and debuggers, and raises the limits that a filesystem runs into.
 ///
 /// Not dumpable also makes `/proc/self` belong to root, yet a process still reaches its own `/proc/self/fd`, as root or

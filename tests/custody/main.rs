@@ -3,12 +3,13 @@
 
 mod outage;
 mod revoked;
+mod supervisor;
 #[path = "../support/mod.rs"]
 mod support;
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use serde_json::Value;
 
@@ -41,7 +42,12 @@ pub(crate) fn custody(volume: &TestVolume) -> Value {
 pub(crate) fn wait_for_state(volume: &TestVolume, state: &str) -> Value {
     let mut last = Value::Null;
     wait_for(state, || {
-        last = custody(volume);
+        let now = custody(volume);
+        // Shown if the wait is in vain.
+        if now["state"] != last["state"] {
+            eprintln!("{now}\n{}", volume.log());
+        }
+        last = now;
         (last["state"] == state).then(|| last.clone())
     })
 }
@@ -67,15 +73,17 @@ pub(crate) struct Program {
 impl Program {
     /// Python, with `look()` defined by `script`: what it returns or raises is told.
     pub(crate) fn new(volume: &TestVolume, script: &str) -> Self {
-        let python = std::env::var_os("LETHEFS_TEST_PYTHON").expect("LETHEFS_TEST_PYTHON is not set: run scripts/test");
         let frame = format!(
-            "import os, sys, mmap\n{script}\nfor line in sys.stdin:\n  try:\n    print('ok', look(), flush=True)\n  \
+            "import os, sys, mmap\nos.chdir('mnt')\n{script}\nprint('ready', flush=True)\nfor line in sys.stdin:\n  try:\n    print('ok', look(), flush=True)\n  \
              except OSError as e:\n    print('errno', e.errno, flush=True)\n"
         );
-        let mut command = Command::new(python);
-        command.args(["-c", &frame]).current_dir(volume.mnt()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut command = volume.command("python3");
+        command.args(["-c", &frame]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let (to, mut from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let mut line = String::new();
+        from.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n", "{script}");
         Self { child, to, from }
     }
 

@@ -2,29 +2,33 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::os::unix::fs::{FileExt as _, symlink};
+use std::os::unix::fs::FileExt as _;
 
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::at_openbao::volume;
 use crate::support::openbao::{Server, Storage, wait_for};
-use crate::support::volume::TestVolume;
+use crate::support::volume::{Output, TestVolume};
 use crate::{EKEYREVOKED, OFTEN, Program, ask, custody, errno, list, peek, wait_for_state};
 
 /// A file, a directory, a symlink, all cached by the kernel.
-fn furnish(v: &TestVolume) {
-    fs::write(v.at("file"), vec![7; 1 << 20]).unwrap();
-    fs::create_dir(v.at("dir")).unwrap();
-    for name in ["a", "b", "c"] {
-        fs::write(v.at(format!("dir/{name}")), name).unwrap();
-    }
-    symlink("file", v.at("link")).unwrap();
-    File::open(v.at("file")).unwrap().sync_all().unwrap();
+pub(crate) fn furnish(v: &TestVolume) {
+    let script = "import os
+os.chdir('mnt')
+f = os.open('file', os.O_RDWR | os.O_CREAT)
+os.write(f, b'\\7' * (1 << 20))
+os.fsync(f)
+os.makedirs('dir', exist_ok=True)
+for name in 'abc':
+  open('dir/' + name, 'w').write(name)
+os.path.lexists('link') or os.symlink('file', 'link')";
+    let run = Output::of(v.command("python3").args(["-c", script]));
+    run.is(0);
 }
 
 /// Whoever has something open or mapped, or stands in a directory.
-fn programs(v: &TestVolume) -> Vec<(&'static str, Program)> {
+pub(crate) fn programs(v: &TestVolume) -> Vec<(&'static str, Program)> {
     let script = |text: &str| Program::new(v, text);
     vec![
         ("read", script("f = os.open('file', os.O_RDONLY)\ndef look(): return os.pread(f, 1, 5000)[0]")),
@@ -37,8 +41,15 @@ fn programs(v: &TestVolume) -> Vec<(&'static str, Program)> {
     ]
 }
 
+/// Whoever has just written four megabytes, which the kernel has not passed on.
+pub(crate) fn dirty(v: &TestVolume) -> Program {
+    let script =
+        "f = open('dirty', 'w+b', 0)\nf.write(b'1' * (4 << 20))\ndef look(): return os.pread(f.fileno(), 1, 5000)";
+    Program::new(v, script)
+}
+
 /// Looked at by each: all work, or all refuse.
-fn all_work(programs: &mut [(&'static str, Program)]) {
+pub(crate) fn all_work(programs: &mut [(&'static str, Program)]) {
     for (what, program) in programs {
         let said = program.look();
         assert!(said.starts_with("ok "), "{what}: {said}");
@@ -46,8 +57,13 @@ fn all_work(programs: &mut [(&'static str, Program)]) {
 }
 
 fn all_refuse(programs: &mut [(&'static str, Program)]) {
+    all_fail(programs, EKEYREVOKED);
+}
+
+/// Each gets this errno, but for the one that has the file mapped, which gets SIGBUS.
+pub(crate) fn all_fail(programs: &mut [(&'static str, Program)], errno: i32) {
     for (what, program) in programs {
-        let expected = if *what == "mmap" { "signal 7".to_owned() } else { format!("errno {EKEYREVOKED}") };
+        let expected = if *what == "mmap" { "signal 7".to_owned() } else { format!("errno {errno}") };
         assert_eq!(program.look(), expected, "{what}");
     }
 }
@@ -59,6 +75,7 @@ fn a_deleted_key_takes_everything_away_for_ever() {
     v.mount(&[OFTEN]);
     furnish(&v);
     let mut programs = programs(&v);
+    programs.push(("dirty", dirty(&v)));
     all_work(&mut programs);
     let before = custody(&v);
     assert_eq!(before["state"], "active");

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags};
 
 use crate::reader::verify;
+use crate::support::fuse_for_all::FuseForAll;
 use crate::support::volume::TestVolume;
-use crate::users::{FuseForAll, NOBODY};
+use crate::users::NOBODY;
 use crate::{as_user, bytes};
 
 const THREADS: u64 = 6;

@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
-use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode};
+use rustix::fs::{AtFlags, CWD, FileType, Mode};
 
+use crate::support::fuse_for_all::FuseForAll;
 use crate::support::volume::{Output, TestVolume, mounts_below};
 use crate::{as_user, errno, names};
 
@@ -209,45 +209,6 @@ fn access_control_lists() {
     assert_eq!(errno(rustix::fs::getxattr(v.at("d"), "system.posix_acl_access", &mut value)), libc::EOPNOTSUPP);
     let run = Output::of(v.command("setfacl").args(["-m", "u:1:r", "f"]).current_dir(v.mnt()));
     assert!(run.code != Some(0) && run.err.contains("not supported"), "{}", run.err);
-}
-
-/// Lets every user open `/dev/fuse`, as distributions have it, until this is dropped or this process ends in whatever way.
-pub(crate) struct FuseForAll {
-    guard: Option<Child>,
-    _lock: File,
-}
-
-impl FuseForAll {
-    pub(crate) fn new() -> Self {
-        // One at a time, in whichever process: the directory of the device is a lock file that all agree on.
-        let lock = File::open("/dev").unwrap();
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
-        let mode = fs::metadata("/dev/fuse").unwrap().mode() & 0o7777;
-        let guard = (mode & 0o006 != 0o006).then(|| {
-            // Puts the mode back when its input ends, and has the lock until then. Of a group of its own: a signal that
-            // ends the tests shall not reach it.
-            let guard = Command::new("sh")
-                .args(["-c", "read -r _; exec chmod \"$0\" /dev/fuse", &format!("{mode:o}")])
-                .stdin(Stdio::piped())
-                .stdout(lock.try_clone().unwrap())
-                .stderr(Stdio::null())
-                .process_group(0)
-                .spawn()
-                .unwrap();
-            chmod("/dev/fuse", 0o666);
-            guard
-        });
-        Self { guard, _lock: lock }
-    }
-}
-
-impl Drop for FuseForAll {
-    fn drop(&mut self) {
-        if let Some(mut guard) = self.guard.take() {
-            drop(guard.stdin.take());
-            let _ = guard.wait();
-        }
-    }
 }
 
 #[test]

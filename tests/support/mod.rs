@@ -4,6 +4,7 @@
 pub(crate) mod at_openbao;
 pub(crate) mod disk;
 pub(crate) mod faulty;
+pub(crate) mod fuse_for_all;
 pub(crate) mod openbao;
 pub(crate) mod softhsm;
 pub(crate) mod volume;

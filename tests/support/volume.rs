@@ -94,7 +94,16 @@ struct State {
     program: PathBuf,
     user: Option<u32>,
     env: Vec<(OsString, OsString)>,
-    daemons: Vec<Pid>,
+    daemons: Vec<Daemon>,
+}
+
+/// A mount's two processes.
+#[derive(Clone, Copy)]
+struct Daemon {
+    /// Serves; the supervisor's child.
+    pid: Pid,
+    /// Our child, once whoever started it is gone; ends as the daemon ended.
+    supervisor: Pid,
 }
 
 impl TestVolume {
@@ -266,8 +275,9 @@ impl TestVolume {
     pub(crate) fn try_mount_by(&self, command: &mut Command) -> Output {
         let run = Output::of(command);
         if run.code == Some(0) {
-            let pid = run.json()["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).unwrap();
-            self.state().daemons.push(pid);
+            let told = run.json();
+            let pid = |name: &str| told[name].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).unwrap();
+            self.state().daemons.push(Daemon { pid: pid("pid"), supervisor: pid("supervisor") });
         }
         run
     }
@@ -289,14 +299,20 @@ impl TestVolume {
     /// The running daemon.
     #[track_caller]
     pub(crate) fn daemon(&self) -> Pid {
-        *self.state().daemons.last().expect("mounted")
+        self.state().daemons.last().expect("mounted").pid
+    }
+
+    /// Its supervisor.
+    #[track_caller]
+    pub(crate) fn supervisor(&self) -> Pid {
+        self.state().daemons.last().expect("mounted").supervisor
     }
 
     /// Waits for the newest daemon's end. Its exit code; none if a signal ended it.
     #[track_caller]
     pub(crate) fn daemon_exit(&self) -> Option<i32> {
-        let pid = self.state().daemons.pop().expect("mounted");
-        reap(pid).and_then(|status| status.exit_status())
+        let daemon = self.state().daemons.pop().expect("mounted");
+        reap(daemon.supervisor).and_then(|status| status.exit_status())
     }
 
     /// kill -9 of the daemon, and out of the way with the dead mount.
@@ -336,9 +352,14 @@ impl TestVolume {
 impl Drop for TestVolume {
     fn drop(&mut self) {
         detach_all(&self.root);
-        for pid in std::mem::take(&mut self.state().daemons) {
-            let _ = rustix::process::kill_process(pid, Signal::KILL);
-            reap(pid);
+        for daemon in std::mem::take(&mut self.state().daemons) {
+            // Its number is its own as long as its supervisor, which is our child, has not seen its end.
+            if matches!(rustix::process::waitpid(Some(daemon.supervisor), WaitOptions::NOHANG), Ok(None)) {
+                let _ = rustix::process::kill_process(daemon.pid, Signal::KILL);
+                reap(daemon.supervisor);
+            }
+            // Where a test has killed the supervisor, the daemon became ours.
+            reap(daemon.pid);
         }
         // Never remove a directory with something mounted in it.
         if !mounts_below(&self.root).is_empty() {
