@@ -17,7 +17,7 @@ use session::{Do, Session, Setup, kill, mount, unmount};
 
 use crate::volume::storage::medium::{Choice, Dice, History, Image, Order};
 use crate::volume::storage::recorder;
-use crate::volume::testing::{Vault, directory};
+use crate::volume::testing::{Ring, Vault, directory};
 
 /// What was tried.
 #[derive(Clone, Copy, Default, Debug)]
@@ -88,7 +88,7 @@ fn cut_part(
     if new {
         vault.create(dir.path());
     }
-    let begun = recorder::position();
+    let (begun, started) = (recorder::position(), vault.held());
     figures.steps += steps.len() as u64;
     let ran = (|| {
         let mut session = Session::new(vault, dir.path(), plan.setup, plan.seed)?;
@@ -101,8 +101,12 @@ fn cut_part(
     let (_, trace) = recorder::end();
     let model = ran.map_err(|what: String| format!("without a crash: {what}"))?;
     let history = History::new(base, trace);
+    let (held, before) = (vault.held(), if model.rewrapped.is_some() { Ring::Both } else { started });
     for cut in begun..=history.len() {
         figures.cuts += 1;
+        // Once everything is wrapped under the new KEK version, and that is flushed, the old one is not needed. In the middle of
+        // it both are.
+        vault.hold(if model.rewrapped.is_some_and(|done| done <= cut) { Ring::New } else { before });
         let mut dice = Dice::new(plan.seed.wrapping_mul(1_000_003).wrapping_add(cut as u64));
         for n in 0..plan.states {
             let one = Trial { vault, model: &model, plan, cut };
@@ -110,6 +114,7 @@ fn cut_part(
                 .map_err(|what| format!("cut after {cut} of {} changes, state {n}: {what}", history.len()))?;
         }
     }
+    vault.hold(held);
     let mut dice = Dice::new(plan.seed);
     let cut = history.len() - dice.below((history.len() - begun) as u64 / 2 + 1) as usize;
     Ok(history.power_cut(cut, Choice { order: plan.order, seed: dice.next() }))
