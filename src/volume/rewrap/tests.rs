@@ -231,3 +231,39 @@ fn the_two_copies_are_written_with_a_flush_between_and_one_after() {
         .collect();
     assert_eq!(did, ["write at 128", "flush", "birth goes", "write at 0", "flush"]);
 }
+
+/// Of a file that is in use, also one whose header was only in its birth attribute: what is written next is under the new keys'
+/// header.
+#[test]
+fn a_file_in_use_goes_on_under_the_new_version() {
+    let (vault, at) = (Vault::new(), scratch());
+    vault.create(at.path());
+    let volume = vault.open(at.path()).unwrap();
+    let root = volume.root().as_fd();
+    let fds = [b"newborn".as_slice(), b"unsealed"]
+        .map(|plain| make_file(&volume, root, volume.root_dir(), plain, b"text", false));
+    storage::write_at(fds[0].as_fd(), &[0; HEADER_LEN], 0).unwrap();
+    vault.close(volume);
+    vault.hold(Ring::Both);
+    let volume = vault.open(at.path()).unwrap();
+    for fd in &fds {
+        let mut state = FileState::load(&volume, fd.as_fd()).unwrap();
+        let half = state.rewrap(&volume, fd.as_fd()).unwrap().unwrap();
+        assert_eq!(state.dek().kek(), (0, 2));
+        half.finish(fd.as_fd()).unwrap();
+        state.write(&volume, fd.as_fd(), 2, b"st of it").unwrap();
+        state.mend(&volume, fd.as_fd()).unwrap();
+        state.seal(&volume, fd.as_fd()).unwrap();
+    }
+    directory(&volume, volume.root().as_fd()).unwrap();
+    vault.close(volume);
+    vault.hold(Ring::New);
+    let volume = vault.open(at.path()).unwrap();
+    for fd in &fds {
+        let state = FileState::load(&volume, fd.as_fd()).unwrap();
+        let mut data = [0; 10];
+        assert_eq!(state.read(&volume, fd.as_fd(), 0, &mut data).unwrap(), 10);
+        assert_eq!(&data, b"test of it");
+    }
+    vault.close(volume);
+}
