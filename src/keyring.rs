@@ -97,6 +97,11 @@ impl Dek {
         self.object
     }
 
+    /// Scope and version of the KEK that it is wrapped under.
+    pub fn kek(&self) -> (u32, u32) {
+        (self.scope, self.version)
+    }
+
     /// The authenticated part of the header, as it was given.
     pub fn aad(&self) -> &[u8; DEK_AAD_LEN] {
         &self.aad
@@ -247,7 +252,23 @@ impl Keyring {
     /// # Errors
     /// Any [`KeyringError`].
     pub fn make(&self, object: ObjectId, aad: impl FnOnce(u32, u32) -> [u8; DEK_AAD_LEN]) -> Result<Dek, KeyringError> {
-        let dek = Key32::random()?;
+        self.wrap(object, &Key32::random()?, aad)
+    }
+
+    /// An object's DEK once more, wrapped under the current KEK. `aad` as for [`make`](Self::make).
+    ///
+    /// # Errors
+    /// Any [`KeyringError`].
+    pub fn rewrap(&self, dek: &Dek, aad: impl FnOnce(u32, u32) -> [u8; DEK_AAD_LEN]) -> Result<Dek, KeyringError> {
+        self.wrap(dek.object, &self.unwrap(dek)?, aad)
+    }
+
+    fn wrap(
+        &self,
+        object: ObjectId,
+        dek: &Key32,
+        aad: impl FnOnce(u32, u32) -> [u8; DEK_AAD_LEN],
+    ) -> Result<Dek, KeyringError> {
         let nonce = random::nonce()?;
         let sealed = {
             let keks = self.keks()?;
@@ -260,7 +281,7 @@ impl Keyring {
             tag.copy_from_slice(&dek.expose(|bytes| cipher.seal_into(&nonce, &full, bytes, body)));
             Dek { object, scope, version, aad, nonce, sealed }
         };
-        self.store(&sealed, &dek)?;
+        self.store(&sealed, dek)?;
         Ok(sealed)
     }
 

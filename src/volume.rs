@@ -5,6 +5,7 @@
 //! - [`file`] a regular file: reading, writing, floor and seal; [`dir`] directories; [`link`] symlinks; [`node`] FIFOs and
 //!   devices; [`xattr`] extended attributes;
 //! - [`log`] the intent log, [`replay`] what is done with it after a crash;
+//! - [`rewrap`] wraps DEKs anew under another KEK version;
 //! - [`check`](mod@check) looks everything over, [`repair`](mod@repair) does what can be done about what was found;
 //! - [`events`] what is told of damage; [`storage`] every system call on the backing directory.
 
@@ -23,6 +24,7 @@ pub mod node;
 mod overlay;
 pub mod repair;
 pub mod replay;
+pub mod rewrap;
 pub mod storage;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -2,7 +2,8 @@
 //! change. What a power cut or a kill may leave ([`medium`](crate::volume::storage::medium)) is mounted again, and held
 //! against a model.
 //!
-//! - `LETHEFS_SIM_WORKLOADS`: random workloads for each test; `LETHEFS_SIM_STATES`: states for each cut;
+//! - `LETHEFS_SIM_WORKLOADS`: random workloads for each test; `LETHEFS_SIM_STATES`: states for each cut. With `all` every
+//!   recovery is itself cut after each of its changes, not at some of them in some recoveries;
 //! - `LETHEFS_SIM_SEED`: runs only the workload with this seed.
 
 mod directed;
@@ -17,7 +18,7 @@ use session::{Do, Session, Setup, kill, mount, unmount};
 
 use crate::volume::storage::medium::{Choice, Dice, History, Image, Order};
 use crate::volume::storage::recorder;
-use crate::volume::testing::{Vault, directory};
+use crate::volume::testing::{Ring, Vault, directory};
 
 /// What was tried.
 #[derive(Clone, Copy, Default, Debug)]
@@ -48,12 +49,21 @@ struct Plan {
     /// States for each cut.
     states: u64,
     /// One state in so many meets a second end while it is mounted again, after so many of the changes that this makes.
-    second: (u64, u64),
+    /// `None`: each does, after every one of them.
+    second: Option<(u64, u64)>,
     order: Order,
 }
 
 /// For most tests.
-const OFTEN: (u64, u64) = (4, 3);
+const OFTEN: Option<(u64, u64)> = Some((4, 3));
+
+/// How many states, and which second ends: what the environment asks for, or these.
+fn asked(states: u64, second: Option<(u64, u64)>) -> (u64, Option<(u64, u64)>) {
+    match std::env::var("LETHEFS_SIM_STATES").as_deref() {
+        Ok("all") => (states, None),
+        _ => (number("LETHEFS_SIM_STATES").unwrap_or(states), second),
+    }
+}
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -88,7 +98,7 @@ fn cut_part(
     if new {
         vault.create(dir.path());
     }
-    let begun = recorder::position();
+    let (begun, started) = (recorder::position(), vault.held());
     figures.steps += steps.len() as u64;
     let ran = (|| {
         let mut session = Session::new(vault, dir.path(), plan.setup, plan.seed)?;
@@ -101,8 +111,12 @@ fn cut_part(
     let (_, trace) = recorder::end();
     let model = ran.map_err(|what: String| format!("without a crash: {what}"))?;
     let history = History::new(base, trace);
+    let (held, before) = (vault.held(), if model.rewrapped.is_some() { Ring::Both } else { started });
     for cut in begun..=history.len() {
         figures.cuts += 1;
+        // Once everything is wrapped under the new KEK version, and that is flushed, the old one is not needed. In the middle of
+        // it both are.
+        vault.hold(if model.rewrapped.is_some_and(|done| done <= cut) { Ring::New } else { before });
         let mut dice = Dice::new(plan.seed.wrapping_mul(1_000_003).wrapping_add(cut as u64));
         for n in 0..plan.states {
             let one = Trial { vault, model: &model, plan, cut };
@@ -110,6 +124,7 @@ fn cut_part(
                 .map_err(|what| format!("cut after {cut} of {} changes, state {n}: {what}", history.len()))?;
         }
     }
+    vault.hold(held);
     let mut dice = Dice::new(plan.seed);
     let cut = history.len() - dice.below((history.len() - begun) as u64 / 2 + 1) as usize;
     Ok(history.power_cut(cut, Choice { order: plan.order, seed: dice.next() }))
@@ -143,7 +158,10 @@ impl Trial<'_> {
         };
         figures.states += 1;
         let under_way = then.len().max(self.cut);
-        let twice = n % 4 != 1 && dice.one_in(self.plan.second.0) && !moved;
+        let twice = match self.plan.second {
+            Some((one_in, _)) => n % 4 != 1 && dice.one_in(one_in) && !moved,
+            None => !moved,
+        };
         let (found, trace) =
             self.recover(&image, moved, twice, end, under_way).map_err(|what| format!("{end:?} {what}"))?;
         if !twice {
@@ -152,8 +170,11 @@ impl Trial<'_> {
         let again = then.then(trace);
         let first = then.len();
         let all = again.len() - first;
-        for _ in 0..self.plan.second.1 {
-            let cut = first + dice.below(all as u64 + 1) as usize;
+        let cuts: Vec<usize> = match self.plan.second {
+            Some((_, times)) => (0..times).map(|_| first + dice.below(all as u64 + 1) as usize).collect(),
+            None => (first..=first + all).collect(),
+        };
+        for cut in cuts {
             figures.second += 1;
             let choice = Choice { order: self.plan.order, seed: dice.next() };
             let second = if self.plan.order == Order::Journal { End::Power } else { End::Loose };
@@ -220,12 +241,12 @@ fn random_workloads(first: u64, usual: u64, order: Order) -> (Figures, Vec<Strin
         Some(seed) => (seed..seed + 1, 8),
         None => (first..first + number("LETHEFS_SIM_WORKLOADS").unwrap_or(usual), 4),
     };
-    let states = number("LETHEFS_SIM_STATES").unwrap_or(states);
+    let (states, second) = asked(states, OFTEN);
     let mut all = Figures::default();
     let mut violations = Vec::new();
     for seed in seeds {
         let (steps, setup) = random::workload(seed);
-        match cut_everywhere(&steps, Plan { setup, seed, states, second: OFTEN, order }) {
+        match cut_everywhere(&steps, Plan { setup, seed, states, second, order }) {
             Ok(figures) => all += figures,
             Err(what) => violations.push(format!("LETHEFS_SIM_SEED={seed}: {what}\n{setup:?} {steps:?}")),
         }
@@ -277,10 +298,10 @@ fn a_rename_without_what_was_done_before_it_would_lose_new_objects() {
 fn directed_workloads(full: u64) {
     let mut all = Figures::default();
     let mut violations = Vec::new();
-    let states = number("LETHEFS_SIM_STATES").unwrap_or(4);
+    let (states, second) = asked(4, OFTEN);
     for (name, steps) in directed::workloads() {
         let setup = Setup { logged: true, full };
-        let plan = Plan { setup, seed: full, states, second: OFTEN, order: Order::Journal };
+        let plan = Plan { setup, seed: full, states, second, order: Order::Journal };
         match cut_everywhere(&steps, plan) {
             Ok(figures) => all += figures,
             Err(what) => violations.push(format!("{name}: {what}\n{steps:?}")),
@@ -304,9 +325,10 @@ fn directed_workloads_survive_every_cut_with_a_log_that_is_soon_full() {
 #[test]
 fn recoveries_that_are_cut_short_are_taken_up_again() {
     let mut all = Figures::default();
+    let (states, second) = asked(8, Some((1, 6)));
     for (name, steps) in directed::recoveries() {
         let setup = Setup { logged: true, full: 32 << 20 };
-        let plan = Plan { setup, seed: 35, states: 8, second: (1, 6), order: Order::Journal };
+        let plan = Plan { setup, seed: 35, states, second, order: Order::Journal };
         match cut_everywhere(&steps, plan) {
             Ok(figures) => all += figures,
             Err(what) => panic!("{name}: {what}\n{steps:?}"),

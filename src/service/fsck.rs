@@ -429,11 +429,14 @@ fn look(
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let request = check::Request { live: None, threads, progress: &progress };
     let (done, ended) = mpsc::channel::<()>();
+    let show = || shown(Tick { doing, checked: Checked::of(&progress), total });
+    // At once, and once more at the end: a short check is one that was seen, too.
+    show();
     std::thread::scope(|scope| {
-        let progress = &progress;
+        let show = &show;
         scope.spawn(move || {
             while ended.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
-                shown(Tick { doing, checked: Checked::of(progress), total });
+                show();
             }
         });
         let result = check::check(volume, &request, &|finding| {
@@ -442,6 +445,7 @@ fn look(
         drop(done);
         result
     })?;
+    show();
     Ok((Checked::of(&progress), found.into_inner().unwrap_or_else(PoisonError::into_inner)))
 }
 

@@ -23,6 +23,14 @@ impl DirKeys {
         Ok(Self(Static::make(keys, id, ObjectType::Directory, 0)?))
     }
 
+    /// The same keys, wrapped under the KEK that is current now.
+    ///
+    /// # Errors
+    /// The ring's.
+    pub fn rewrap(&self, keys: &Keyring) -> Result<Self, VolumeError> {
+        Ok(Self(self.0.rewrap(keys)?))
+    }
+
     /// Reads and authenticates the header of an open directory.
     ///
     /// # Errors

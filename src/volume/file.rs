@@ -195,6 +195,11 @@ impl FileState {
         &self.header.dek
     }
 
+    /// The same header, wrapped anew.
+    pub(super) fn set_header(&mut self, header: Static) {
+        self.header = header;
+    }
+
     /// Plaintext size in bytes.
     pub fn size(&self) -> u64 {
         self.size
@@ -514,7 +519,7 @@ fn header_bytes(volume: &Volume, header: &Static, mutable: Mutable) -> Result<[u
     Ok(bytes)
 }
 
-/// Writes all of a header.
+/// Writes all of a header, where only the birth attribute has it.
 pub(super) fn write_header_anew(
     volume: &Volume,
     fd: BorrowedFd<'_>,

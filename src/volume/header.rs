@@ -78,6 +78,20 @@ impl Static {
         Ok(Self { dek, object_type, device })
     }
 
+    /// The same, with its DEK wrapped under the KEK that is current now. Reserved fields stay as they are.
+    ///
+    /// # Errors
+    /// The ring's.
+    pub fn rewrap(&self, keys: &Keyring) -> Result<Self, KeyringError> {
+        let dek = keys.rewrap(&self.dek, |scope, version| {
+            let mut aad = *self.dek.aad();
+            aad[12..16].copy_from_slice(&scope.to_le_bytes());
+            aad[16..20].copy_from_slice(&version.to_le_bytes());
+            aad
+        })?;
+        Ok(Self { dek, ..self.clone() })
+    }
+
     /// Its bytes.
     pub fn bytes(&self) -> [u8; STATIC_LEN] {
         let mut bytes = [0; STATIC_LEN];

@@ -71,7 +71,7 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
             }
             Err(errno) => return Err(errno.into()),
         };
-        match apply(volume, file.as_fd(), records) {
+        match apply(volume, file.as_fd(), *object, records) {
             Ok(0) => done.passed_over += 1,
             Ok(n) => (done.files, done.records) = (done.files + 1, done.records + n),
             // Its own damage; the log cannot help.
@@ -245,8 +245,12 @@ pub(super) fn todo<'a>(records: &'a [Record], header: &Mutable) -> Vec<&'a Recor
 }
 
 /// Does what the records say, in order. How many there were to do.
-fn apply(volume: &Volume, fd: BorrowedFd<'_>, records: &[Record]) -> Result<u64, VolumeError> {
+fn apply(volume: &Volume, fd: BorrowedFd<'_>, object: ObjectId, records: &[Record]) -> Result<u64, VolumeError> {
     let Header { header, mutable: at_first, newborn } = read_header(volume, fd)?;
+    // It was found by what it claims. A cut has nothing in it that only this file's key could have made.
+    if header.dek.object() != object {
+        return Ok(0);
+    }
     let todo = todo(records, &at_first);
     if todo.is_empty() {
         return Ok(0);
@@ -329,3 +333,6 @@ fn write_blocks(
     }
     Ok(storage::write_at(fd, sealed, format::block_offset(first)).map_err(|(_, errno)| errno)?)
 }
+
+#[cfg(test)]
+mod tests;

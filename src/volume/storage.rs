@@ -132,8 +132,8 @@ pub fn open_own_file(dir: BorrowedFd<'_>, name: impl Arg + Copy, write: bool) ->
     }
 }
 
-/// Runs `f` while the owner has these rights.
-fn lend<T>(held: BorrowedFd<'_>, rights: u32, f: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs `f` while the owner has these rights to what `held` holds.
+pub fn lend<T>(held: BorrowedFd<'_>, rights: u32, f: impl FnOnce() -> Result<T>) -> Result<T> {
     let mode = sys::fstat(held)?.st_mode;
     chmod_held(held, mode | rights)?;
     let result = f();

@@ -1,6 +1,6 @@
 //! A volume for unit tests: a backing directory of its own, and a KEK that nobody keeps.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::Path;
 
 use super::meta::{Body, Extra, KekRecord, KeyState, Scope};
@@ -20,29 +20,66 @@ pub(crate) fn directory() -> tempfile::TempDir {
     made.or_else(|_| tempfile::tempdir()).unwrap()
 }
 
+/// Which KEK versions a ring has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ring {
+    /// The first.
+    Old,
+    /// Both; the second wraps.
+    Both,
+    /// The second.
+    New,
+}
+
 /// What opens a volume again.
 pub(crate) struct Vault {
-    kek: Key32,
+    keks: [Key32; 2],
+    ring: Cell<Ring>,
     /// Rings that are not in use: key memory is dear to make.
-    rings: RefCell<Vec<Keyring>>,
+    rings: RefCell<Vec<(Ring, Keyring)>>,
 }
 
 impl Vault {
     pub(crate) fn new() -> Self {
-        Self { kek: Key32::random().unwrap(), rings: RefCell::default() }
+        let keks = [Key32::random().unwrap(), Key32::random().unwrap()];
+        Self { keks, ring: Cell::new(Ring::Old), rings: RefCell::default() }
+    }
+
+    /// What volumes are opened with from now on.
+    pub(crate) fn hold(&self, ring: Ring) {
+        self.ring.set(ring);
+    }
+
+    /// What they are opened with.
+    pub(crate) fn held(&self) -> Ring {
+        self.ring.get()
     }
 
     fn keys(&self) -> Keyring {
-        self.rings.borrow_mut().pop().unwrap_or_else(|| {
-            let keys = Keyring::new(VolumeId([1; 16])).unwrap();
-            keys.admit(0, 1, &self.kek, true).unwrap();
-            keys
-        })
+        let wanted = self.ring.get();
+        let mut rings = self.rings.borrow_mut();
+        if let Some(at) = rings.iter().position(|(ring, _)| *ring == wanted) {
+            return rings.swap_remove(at).1;
+        }
+        let keys = Keyring::new(VolumeId([1; 16])).unwrap();
+        if wanted != Ring::New {
+            keys.admit(0, 1, &self.keks[0], true).unwrap();
+        }
+        if wanted != Ring::Old {
+            keys.admit(0, 2, &self.keks[1], true).unwrap();
+        }
+        keys
     }
 
     /// Takes the keys of a volume back that ended, however it did.
     pub(crate) fn close(&self, volume: Volume) {
-        self.rings.borrow_mut().push(volume.into_keys_for_tests());
+        let keys = volume.into_keys_for_tests();
+        let ring = match keys.held()[..] {
+            [(0, 1)] => Ring::Old,
+            [(0, 2)] => Ring::New,
+            _ => Ring::Both,
+        };
+        self.rings.borrow_mut().push((ring, keys));
     }
 
     /// Makes an empty directory a volume.

@@ -26,7 +26,10 @@ impl Session {
             let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
             rustix::fs::open(name.as_c_str(), flags, Mode::empty()).unwrap()
         };
+        let size = rustix::termios::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(&terminal, size).unwrap();
         let mut command = world.command(args);
+        command.env("TERM", "xterm");
         command.stdin(Stdio::from(open())).stdout(Stdio::from(open())).stderr(Stdio::from(open()));
         let child = command.spawn().unwrap();
         // The child's ends are the only ones left: its end is the terminal's.
@@ -114,4 +117,25 @@ fn an_erase_is_confirmed_by_typing_volume_and_key() {
     let (said, code) = session.ends();
     assert_eq!(code, Some(0), "{said}");
     assert!(gone(&world.path("keys/key")), "{said}");
+}
+
+/// A check at a terminal shows how it goes on, and takes that away again; nobody else gets to see it.
+#[test]
+fn a_check_shows_a_bar_at_a_terminal_only() {
+    let world = World::new();
+    world.volume("vol", "key");
+    let (said, code) = Session::start(&world, &["fsck", "vol"]).ends();
+    assert_eq!(code, Some(0), "{said}");
+    // Drawn at least at the beginning and at the end: percent of the work, objects and bytes.
+    assert!(said.contains("checking: 0 objects, 0 B [") && said.contains("0%"), "{said:?}");
+    assert!(said.contains("checking: 1 objects, 0 B [") && said.contains("100%"), "{said:?}");
+    // And the line cleared (ECMA-48, EL) before the report, which is what a pipe gets.
+    let piped = world.run(&["fsck", "vol"]);
+    piped.is(0);
+    let report = said.rsplit("\x1b[2K").next().unwrap().trim_start_matches('\r').replace("\r\n", "\n");
+    assert_eq!(report, piped.out, "{said:?}");
+    assert!(!piped.out.is_empty() && piped.err.is_empty(), "{}", piped.err);
+    let (quiet, code) = Session::start(&world, &["fsck", "vol", "--quiet"]).ends();
+    assert_eq!(code, Some(0), "{quiet}");
+    assert!(!quiet.contains("checking") && !quiet.contains('\x1b'), "{quiet:?}");
 }

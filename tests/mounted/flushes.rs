@@ -25,7 +25,7 @@ fn a_sync_flushes_the_log_or_the_file_and_nothing_twice() {
     let on = OnFaulty::new();
     let v = &on.v;
     for n in 0..TIMES {
-        for kind in ["append", "overwrite", "rewrite"] {
+        for kind in ["append", "overwrite", "rewrite", "punch"] {
             fs::write(v.at(format!("{kind}{n}")), bytes(20_000, n)).unwrap();
             fs::write(v.at(format!("{kind}{}", n + TIMES)), bytes(20_000, n)).unwrap();
         }
@@ -56,12 +56,20 @@ fn a_sync_flushes_the_log_or_the_file_and_nothing_twice() {
         file.write_all(&bytes(6000, n)).unwrap();
         file
     };
+    // The header that allows it, the hole, and that nothing before it counts any more.
+    let punch: Change = |root, n| {
+        let file = open(&root.join(format!("punch{n}")));
+        let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&file, mode, 4096, 8192).unwrap();
+        file
+    };
     // Flushes of the file, and of the log at most: by fdatasync, by fsync.
     let table = [
         ("new", new, (1, 0), (1, 0)),
         ("append", append, (0, 1), (1, 1)),
         ("overwrite", overwrite, (0, 1), (1, 1)),
         ("rewrite", rewrite, (0, 1), (1, 1)),
+        ("punch", punch, (1, 2), (1, 2)),
     ];
     for (name, change, by_data, by_all) in table {
         for (data_only, (of_file, of_log)) in [(true, by_data), (false, by_all)] {

@@ -8,20 +8,29 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+use lethefs::crypto::Key32;
+use lethefs::keyring::{Keyring, commitment};
+use lethefs::volume::meta::{VolumeFile, open_backing};
+use lethefs::volume::{Volume, rewrap};
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, XattrFlags};
 use serde_json::{Value, json};
 use sha2::Digest as _;
+use zeroize::Zeroizing;
 
 use crate::support::volume::{Output, TestVolume, mounts_below};
 use crate::{bytes, name, python};
 
 /// What reader.py says of a backing directory under this volume's KEK.
 pub(crate) fn reader(v: &TestVolume, backing: &Path, command: &str) -> Output {
-    let key: String = v.kek().iter().map(|byte| format!("{byte:02x}")).collect();
+    reader_with(v, backing, &[command], &v.kek())
+}
+
+fn reader_with(v: &TestVolume, backing: &Path, command: &[&str], kek: &[u8; 32]) -> Output {
+    let key: String = kek.iter().map(|byte| format!("{byte:02x}")).collect();
     let file = v.path("kek.hex");
     fs::write(&file, key).unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reader/reader.py");
-    let run = Output::of(v.command(python()).arg(script).arg(backing).arg("--kek-hex-file").arg(&file).arg(command));
+    let run = Output::of(v.command(python()).arg(script).arg(backing).arg("--kek-hex-file").arg(&file).args(command));
     fs::remove_file(file).unwrap();
     run
 }
@@ -90,7 +99,11 @@ fn xattrs(path: &Path) -> Value {
 
 #[track_caller]
 fn compare(v: &TestVolume, expected: &BTreeMap<Vec<u8>, Value>) {
-    let run = reader(v, &v.backing(), "list");
+    compare_with(v, expected, &reader(v, &v.backing(), "list"));
+}
+
+#[track_caller]
+fn compare_with(v: &TestVolume, expected: &BTreeMap<Vec<u8>, Value>, run: &Output) {
     // A log is there while the volume is mounted.
     let said: Vec<&str> = run.err.lines().filter(|line| !line.contains("lethefs.log.")).collect();
     assert_eq!((run.code, said), (Some(0), vec![]));
@@ -209,4 +222,47 @@ fn the_independent_reader_sees_what_the_mount_shows() {
     v.umount();
     compare(&v, &expected);
     verify(&v);
+}
+
+/// Makes a second KEK version the current one, as a rotation will, without a KMS that would wrap it. Gives it.
+fn rotate(v: &TestVolume) -> ([u8; 32], rewrap::Totals) {
+    let key = |bytes: [u8; 32]| Key32::from_zeroizing(Zeroizing::new(bytes.to_vec())).unwrap();
+    let new: [u8; 32] = bytes(32, 5).try_into().unwrap();
+    let backing = open_backing(&v.backing()).unwrap();
+    let found = VolumeFile::read(&backing).unwrap();
+    let mut body = found[0].body().clone();
+    let keys = Keyring::new(body.volume_id).unwrap();
+    keys.admit(0, 1, &key(v.kek()), true).unwrap();
+    found[0].authenticate(&keys).unwrap();
+    keys.admit(0, 2, &key(new), true).unwrap();
+    let commitment = commitment(&body.volume_id, 0, 2, &key(new));
+    let mut record = body.scopes[0].keks[0].clone();
+    record.version = 2;
+    record.commitment = commitment.iter().map(|byte| format!("{byte:02x}")).collect();
+    (body.scopes[0].current, body.generation) = (2, body.generation + 1);
+    body.scopes[0].keks.push(record);
+    VolumeFile::write(&backing, &body, &keys).unwrap();
+    let volume = Volume::open(backing, &v.backing(), &body, keys, false).unwrap();
+    (new, rewrap::all(&volume).unwrap())
+}
+
+#[test]
+fn the_independent_reader_needs_only_the_new_kek_after_a_rewrap() {
+    let v = TestVolume::mounted(&["-o", "dev"]);
+    make_everything(&v.mnt());
+    let punched = File::create_new(v.at("punched")).unwrap();
+    punched.write_all_at(&bytes(50_000, 6), 0).unwrap();
+    rustix::fs::fallocate(&punched, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 5000, 20_000).unwrap();
+    drop(punched);
+    let expected = mounted(&v.mnt());
+    v.umount();
+    compare(&v, &expected);
+    let (new, totals) = rotate(&v);
+    assert!(totals.failed.is_empty() && totals.anew > 50, "{totals:?}");
+    let read = |command, kek, version| reader_with(&v, &v.backing(), &["--version", version, command], kek);
+    compare_with(&v, &expected, &read("list", &new, "2"));
+    let report = read("verify", &new, "2");
+    assert_eq!((&report.json()["errors"], &report.json()["warnings"]), (&json!([]), &json!([])), "{}", report.err);
+    // The old one is of no more use, but to read the volume file.
+    assert_eq!(read("list", &v.kek(), "1").code, Some(1));
 }

@@ -134,3 +134,77 @@ fn mending_makes_room_in_a_log_that_cannot_grow() {
     is_mended(&fs, &inode, 4);
     fs.end_log().unwrap();
 }
+
+fn logged(dir: &std::path::Path) -> Filesystem {
+    let mut volume = testing::volume(dir);
+    volume.begin_log().unwrap();
+    Filesystem::new(volume, 64, false)
+}
+
+/// A sealed file of so many blocks.
+fn sealed(fs: &Filesystem, name: &[u8], blocks: u64) -> Arc<Inode> {
+    let ino = fs.create(fs.owner, ROOT, name, 0o600, 0, true).unwrap().ino;
+    fs.write(ino, 0, &vec![b'x'; (blocks * format::BLOCK) as usize], false).unwrap();
+    assert_eq!(fs.seal_all(), 0);
+    fs.inode(ino).unwrap()
+}
+
+/// Bytes that the backing file takes.
+fn space(fs: &Filesystem, inode: &Arc<Inode>) -> u64 {
+    let open = fs.open(inode).unwrap();
+    storage::stat_fd(open.fd.as_fd()).unwrap().st_blocks as u64 * 512
+}
+
+const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+
+/// A cut that is pending gives space back when it is done: what is reserved after it is reserved after that, too.
+#[test]
+fn a_reservation_outlives_the_cut_before_it() {
+    let dir = testing::directory();
+    let fs = logged(dir.path());
+    let inode = sealed(&fs, b"file", 50);
+    fs.resize(&inode, 0).unwrap();
+    fs.allocate(inode.ino, 0, 50 * format::BLOCK, KEEP, false).unwrap();
+    fs.commit().unwrap();
+    assert!(space(&fs, &inode) >= 50 * format::SEALED_BLOCK);
+}
+
+/// What is written into a hole that is still to be punched has its space reserved before the punch frees it.
+#[test]
+fn a_punch_keeps_the_space_of_what_is_written_after_it() {
+    let dir = testing::directory();
+    let fs = logged(dir.path());
+    let (kept, freed) = (sealed(&fs, b"kept", 50), sealed(&fs, b"freed", 50));
+    let before = space(&fs, &kept);
+    for inode in [&kept, &freed] {
+        fs.allocate(inode.ino, 0, 50 * format::BLOCK, PUNCH, false).unwrap();
+    }
+    fs.write(kept.ino, 40 * format::BLOCK, b"written", false).unwrap();
+    fs.commit().unwrap();
+    assert_eq!(space(&fs, &kept), before);
+    assert!(space(&fs, &freed) < 4 * format::BLOCK);
+    let mut read = vec![1; 50 * format::BLOCK as usize];
+    fs.read(kept.ino, 0, &mut read).unwrap();
+    let written = 40 * format::BLOCK as usize..40 * format::BLOCK as usize + 7;
+    assert!(read.iter().enumerate().all(|(at, byte)| (*byte != 0) == written.contains(&at)));
+}
+
+/// Holes wait in memory, and a read looks at each: not for more than so many.
+#[test]
+fn many_holes_do_not_pile_up() {
+    let dir = testing::directory();
+    let fs = logged(dir.path());
+    let inode = sealed(&fs, b"file", 1200);
+    let mut most = 0;
+    for n in 0..600 {
+        fs.allocate(inode.ino, 2 * n * format::BLOCK, format::BLOCK, PUNCH, false).unwrap();
+        most = most.max(usize::from(fs.file(&inode).unwrap().0.as_ref().unwrap().is_crowded()));
+    }
+    assert_eq!(most, 1, "so many are crowded");
+    let mut read = vec![1; 1200 * format::BLOCK as usize];
+    fs.read(inode.ino, 0, &mut read).unwrap();
+    assert!(read.chunks(format::BLOCK as usize).enumerate().all(|(n, block)| (block[5] == 0) == (n % 2 == 0)));
+    assert!(space(&fs, &inode) < 1200 * format::SEALED_BLOCK, "none of them is in place");
+    assert_eq!(fs.seal_all(), 0);
+}

@@ -28,6 +28,31 @@ pub(super) fn workloads() -> Vec<(&'static str, Vec<Do>)> {
         ),
         // Thought of.
         (
+            "all keys wrapped anew, and then everything goes on",
+            vec![
+                Create(a()),
+                Write(a(), 0, 9000),
+                Mkdir(at("d")),
+                Create(at("d/A")),
+                Write(at("d/A"), 0, 100),
+                SetXattr(at("d/A"), 1),
+                Fifo(at("d/f")),
+                Symlink(at("l"), 1500),
+                Link(at("l"), at("d/l")),
+                Link(a(), at("d/a")),
+                Rewrap,
+                Write(a(), 4000, 200),
+                Create(at("d/new")),
+                Fsync(a()),
+                Rename(at("d/l"), at("l")),
+                Rewrap,
+            ],
+        ),
+        (
+            "the same over what a crash left unsealed",
+            vec![Create(a()), Write(a(), 0, 9000), Mkdir(at("d")), Die, Rewrap, Cut, Write(a(), 0, 5000), Rewrap],
+        ),
+        (
             "replaced by rename, flushed before",
             vec![
                 Create(a()),

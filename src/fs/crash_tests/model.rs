@@ -66,6 +66,8 @@ pub(super) struct State {
 pub(super) struct Model {
     pub(super) snaps: Vec<Snap>,
     pub(super) files: BTreeMap<Node, Vec<State>>,
+    /// From this moment on the old KEK version is not needed any more.
+    pub(super) rewrapped: Option<usize>,
     /// From this moment on the contents of this file are at least this state.
     contents: Vec<(usize, Node, usize)>,
     /// From this moment on the entries of this directory (or the attributes of this object) are at least as in this snap.

@@ -1,7 +1,7 @@
 //! Holes punched and ranges zeroed, cut everywhere: what was acknowledged does not come back, what was not is old or zeros.
 
 use super::session::Do::{self, *};
-use super::{Figures, OFTEN, Order, Plan, Setup, cut_everywhere, number};
+use super::{Figures, OFTEN, Order, Plan, Setup, asked, cut_everywhere};
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
@@ -120,10 +120,10 @@ fn workloads() -> Vec<(&'static str, Vec<Do>)> {
 fn punched(full: u64) {
     let mut all = Figures::default();
     let mut violations = Vec::new();
-    let states = number("LETHEFS_SIM_STATES").unwrap_or(6);
+    let (states, second) = asked(6, OFTEN);
     for (name, steps) in workloads() {
         let setup = Setup { logged: true, full };
-        match cut_everywhere(&steps, Plan { setup, seed: 12, states, second: OFTEN, order: Order::Journal }) {
+        match cut_everywhere(&steps, Plan { setup, seed: 12, states, second, order: Order::Journal }) {
             Ok(figures) => all += figures,
             Err(what) => violations.push(format!("{name}: {what}\n{steps:?}")),
         }

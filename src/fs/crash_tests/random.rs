@@ -82,7 +82,7 @@ impl World {
             self.make(steps);
             return;
         }
-        match self.dice.below(43) {
+        match self.dice.below(44) {
             0..=5 => self.make(steps),
             6..=14 => {
                 if let Some(file) = self.any(&[File]) {
@@ -146,6 +146,7 @@ impl World {
             37 => steps.push(Do::Forget),
             38 => steps.push(Do::Remount),
             39 => steps.push(Do::Cut),
+            42 => steps.push(Do::Rewrap),
             40 | 41 => {
                 if let Some(file) = self.any(&[File]) {
                     let space = self.space(file);
@@ -168,7 +169,7 @@ impl World {
             16 => Do::Commit,
             17 => Do::Checkpoint,
             18 => Do::Seal,
-            _ => [Do::Forget, Do::Remount, Do::Die, Do::Cut][self.dice.below(4) as usize].clone(),
+            _ => [Do::Forget, Do::Remount, Do::Die, Do::Cut, Do::Rewrap][self.dice.below(5) as usize].clone(),
         });
     }
 

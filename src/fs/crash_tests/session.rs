@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Mutex;
@@ -9,10 +10,10 @@ use std::sync::Mutex;
 use super::model::{Found, Model, Node, Snap, State, Thing, Tree, What, look, names};
 use crate::fs::core::Filesystem;
 use crate::fs::inode::ROOT;
-use crate::volume::storage::RenameFlags;
-use crate::volume::storage::recorder;
-use crate::volume::testing::Vault;
-use crate::volume::{Volume, VolumeError, check, replay};
+use crate::volume::dir::DirKeys;
+use crate::volume::storage::{self, RenameFlags, recorder};
+use crate::volume::testing::{Ring, Vault};
+use crate::volume::{Volume, VolumeError, check, replay, rewrap};
 
 /// One step of a workload. Paths are of components `a`, or `A` for a name of 210 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +42,8 @@ pub(super) enum Do {
     Seal,
     /// The kernel forgets everything that it does not need.
     Forget,
+    /// Unmounted, all keys wrapped under the new KEK version, mounted again.
+    Rewrap,
     /// Unmounted and mounted again.
     Remount,
     /// Killed and mounted again.
@@ -314,6 +317,18 @@ impl<'a> Session<'a> {
                     self.fs.forget(ino, u64::MAX);
                 }
             }
+            Do::Rewrap => {
+                unmount(&self.fs)?;
+                self.model.all_flushed(recorder::position());
+                self.vault.hold(Ring::Both);
+                let volume = self.vault.open(self.dir).map_err(|error| format!("no rewrap: {error}"))?;
+                self.rewrap(&volume).map_err(|error| format!("no rewrap: {error}"))?;
+                self.vault.close(volume);
+                self.model.all_flushed(recorder::position());
+                self.model.rewrapped.get_or_insert(recorder::position());
+                self.mount_again()?;
+                self.same_as_model(&look(&self.fs, 0)?)?;
+            }
             Do::Remount => {
                 unmount(&self.fs)?;
                 self.model.all_flushed(recorder::position());
@@ -331,6 +346,40 @@ impl<'a> Session<'a> {
             }
         }
         Ok(())
+    }
+
+    /// What `volume::rewrap::all` does, one by one: so that the model has each symlink's new number.
+    fn rewrap(&mut self, volume: &Volume) -> Result<(), VolumeError> {
+        let mut twins: BTreeMap<Node, OwnedFd> = BTreeMap::new();
+        let mut todo = vec![(ROOT, storage::reopen(volume.root().as_fd(), false)?)];
+        while let Some((dir, fd)) = todo.pop() {
+            rewrap::directory(volume, fd.as_fd())?;
+            let keys = DirKeys::load(fd.as_fd(), volume.keys())?;
+            for (plain, node) in names(self.model.tree(), dir).cloned().unwrap_or_default() {
+                let cipher = keys.name(volume.keys(), &plain)?;
+                let name = cipher.as_str();
+                let open = || storage::open_file(fd.as_fd(), name, true);
+                match &self.model.tree()[&node].what {
+                    What::File => _ = rewrap::file(volume, open()?.as_fd())?,
+                    What::Fifo => _ = rewrap::node_record(volume, open()?.as_fd())?,
+                    What::Dir(_) => todo.push((node, storage::open_dir(fd.as_fd(), name)?)),
+                    What::Symlink(_) => {
+                        let begun = recorder::position();
+                        if !rewrap::link(volume, fd.as_fd(), name, twins.get(&node).map(OwnedFd::as_fd))? {
+                            continue;
+                        }
+                        let made = storage::open_path(fd.as_fd(), name)?;
+                        let new = storage::stat_fd(made.as_fd())?.st_ino;
+                        twins.entry(node).or_insert(made);
+                        self.snap(begun, &[dir], &[node, new], |tree| {
+                            tree.insert(new, tree[&node].clone());
+                            entries(tree, dir).insert(plain, new);
+                        });
+                    }
+                }
+            }
+        }
+        Ok(storage::sync_filesystem(volume.root().as_fd())?)
     }
 
     fn rename(&mut self, path: &str, to: &str, step: &Do) -> Result<(), String> {

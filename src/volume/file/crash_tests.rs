@@ -549,3 +549,27 @@ fn cuts_that_were_thought_of() {
         }
     }
 }
+
+/// A name may lead to another file by the time that its logged changes go in place.
+#[test]
+fn logged_changes_go_into_this_file_only() {
+    let mut f = Fixture::new();
+    f.state.write(&f.volume, f.fd.as_fd(), 0, &[1; 9000]).unwrap();
+    f.seal();
+    f.state = FileState::load(&f.volume, f.fd.as_fd()).unwrap();
+    let other = storage::create_file(f.volume.root().as_fd(), "other", 0o600).unwrap();
+    let mut state = FileState::create(&f.volume, other.as_fd()).unwrap();
+    state.write(&f.volume, other.as_fd(), 0, &[2; 9000]).unwrap();
+    let bytes = || std::fs::read(f.dir.path().join("other")).unwrap();
+    let before = bytes();
+    f.state.write(&f.volume, f.fd.as_fd(), 0, &[3; 5000]).unwrap();
+    let end = f.log().end();
+    f.log().flush(end).unwrap();
+    assert_eq!(f.state.apply(other.as_fd(), end), Err(Errno::STALE));
+    assert!(bytes() == before);
+    // Nothing of it is lost.
+    assert_eq!(f.state.apply(f.fd.as_fd(), end), Ok(true));
+    let mut read = [0; 9000];
+    f.state.read(&f.volume, f.fd.as_fd(), 0, &mut read).unwrap();
+    assert!(read[..5000] == [3; 5000] && read[5000..] == [1; 4000]);
+}

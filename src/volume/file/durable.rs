@@ -76,7 +76,7 @@ impl FileState {
     }
 
     /// Before anything is written: a header that is only in the attribute of the file's birth comes first.
-    pub(super) fn be_born(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeError> {
+    pub(in crate::volume) fn be_born(&mut self, volume: &Volume, fd: BorrowedFd<'_>) -> Result<(), VolumeError> {
         if self.newborn {
             write_header_anew(volume, fd, &self.header, self.mutable)?;
             self.newborn = false;
