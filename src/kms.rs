@@ -92,6 +92,17 @@ pub enum KeyIdentity {
         /// When the file was made, RFC 3339.
         created: String,
     },
+    /// A recovery key: no service has it, only its shares on paper. Opens by `keys` alone, never at a mount.
+    Recovery {
+        /// Random id, which the shares carry.
+        recovery_id: VolumeId,
+        /// When it was made, RFC 3339.
+        created: String,
+        /// So many shares are needed,
+        threshold: u8,
+        /// of so many.
+        shares: u8,
+    },
     /// A key of a service that this program does not know. Kept as it is, and good for nothing.
     #[serde(untagged)]
     Foreign(ForeignIdentity),
@@ -115,7 +126,7 @@ impl TryFrom<serde_json::Map<String, serde_json::Value>> for ForeignIdentity {
     /// Not for services that are known: of those every field must be.
     fn try_from(fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, Self::Error> {
         match fields.get("provider").and_then(serde_json::Value::as_str) {
-            None | Some("transit" | "file" | "") => Err("not an identity of a key"),
+            None | Some("transit" | "file" | "recovery" | "") => Err("not an identity of a key"),
             Some(_) => Ok(Self(fields)),
         }
     }
@@ -127,6 +138,7 @@ impl KeyIdentity {
         match self {
             Self::Transit { key, .. } => key.clone(),
             Self::File { key_id, .. } => key_id.to_string(),
+            Self::Recovery { recovery_id, .. } => recovery_id.to_string(),
             Self::Foreign(foreign) => foreign.provider().to_owned(),
         }
     }
@@ -139,6 +151,7 @@ impl KeyIdentity {
                 Self::Transit { engine_uuid: u, key: k, namespace: n, cluster_id: c, .. },
             ) => (engine_uuid, key, namespace, cluster_id) == (u, k, n, c),
             (Self::File { key_id, .. }, Self::File { key_id: other, .. }) => key_id == other,
+            (Self::Recovery { recovery_id, .. }, Self::Recovery { recovery_id: other, .. }) => recovery_id == other,
             (Self::Foreign(this), Self::Foreign(other)) => this == other,
             _ => false,
         }
@@ -157,6 +170,9 @@ impl fmt::Display for KeyIdentity {
                 write!(f, "cluster {cluster_id})")
             }
             Self::File { key_id, .. } => write!(f, "key file with id {key_id}"),
+            Self::Recovery { recovery_id, threshold, shares, .. } => {
+                write!(f, "recovery key {recovery_id}, any {threshold} of {shares} shares")
+            }
             Self::Foreign(foreign) => write!(f, "key of a service that is not known here: {}", foreign.provider()),
         }
     }
@@ -167,6 +183,14 @@ pub struct MadeKey {
     /// The key.
     pub key: Key32,
     /// The key under the KMS key.
+    pub wrapped: Wrapped,
+    /// What identifies the KMS key that wrapped it.
+    pub identity: KeyIdentity,
+}
+
+/// A given key under a KMS key.
+pub struct WrappedKey {
+    /// It.
     pub wrapped: Wrapped,
     /// What identifies the KMS key that wrapped it.
     pub identity: KeyIdentity,
@@ -207,6 +231,20 @@ pub trait KeySource: Send + Sync {
     /// # Errors
     /// Any [`KmsError`]. Refuses a KMS key that cannot bind (Transit: one that is not `derived`).
     fn make(&self, binding: &Binding) -> Result<MadeKey, KmsError>;
+
+    /// Wraps a given key, as [`make`](Self::make) does with a new one: a KEK gets a further slot. Makes no key at a
+    /// service that is not there.
+    /// An administrator's right, not a mount host's, where the service tells them apart.
+    ///
+    /// # Errors
+    /// Any [`KmsError`]; [`Failure::Unsuitable`] if the provider cannot.
+    fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+        let _ = (binding, key);
+        Err(KmsError::new(
+            Failure::Unsuitable,
+            "this key service cannot wrap a given key: use another for a further slot",
+        ))
+    }
 
     /// Unwraps with one request (besides a login). `identity` is what the slot recorded; on failure it serves to tell
     /// why, with as many further requests as that needs.
