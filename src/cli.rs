@@ -10,14 +10,17 @@ mod progress;
 
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::io::{BufRead as _, IsTerminal as _};
+use std::io::{BufRead as _, IsTerminal as _, Read as _};
+use std::path::PathBuf;
 
 use clap::{CommandFactory as _, Parser};
+use zeroize::Zeroizing;
 
 use crate::audit::Expected;
+use crate::crypto::recovery::RecoveryKey;
 use crate::service::daemon::{self, Side, Told};
 use crate::service::supervisor::Role;
-use crate::service::{Error, audit, erase, fsck, init, keys, mount, revoke, status, supervisor, umount};
+use crate::service::{Error, audit, erase, fsck, init, keys, mount, revoke, slots, status, supervisor, umount};
 use exit::ExitCode;
 use options::{Asked, parse_uri};
 
@@ -54,7 +57,7 @@ fn as_command(arguments: Vec<OsString>) -> u8 {
         args::Command::Status(given) => run_status(&given),
         args::Command::Erase(given) => run_erase(&given),
         args::Command::Fsck(given) => run_fsck(&given),
-        args::Command::Keys { command: args::Keys::Check { uri, json } } => run_keys_check(&uri, json),
+        args::Command::Keys { command } => run_keys(&command),
         args::Command::Revoke(given) => run_revoke(&given, revoke::Way::Revoke),
         args::Command::Restore(given) => run_revoke(&given, revoke::Way::Restore),
         args::Command::Audit { command } => run_audit(&command),
@@ -356,6 +359,85 @@ fn run_audit(command: &args::Audit) -> Result<u8, Error> {
 
 fn parse_hash(text: &str) -> Result<[u8; 32], Error> {
     crate::crypto::ids::unhex(text.trim()).ok_or_else(|| Error::Usage("a head is 64 hex digits".into()))
+}
+
+fn run_keys(command: &args::Keys) -> Result<u8, Error> {
+    let slot = |report: &slots::Report, json| {
+        output::complain(&output::warnings(&report.warnings));
+        output::print(&if json { Zeroizing::new(output::json(report)) } else { output::slot(report) });
+        Ok(0)
+    };
+    let header = |report: &slots::header::Report, json| {
+        output::complain(&output::warnings(&report.warnings));
+        output::print(&if json { output::json(report) } else { output::header(report) });
+        Ok(0)
+    };
+    match command {
+        args::Keys::Check { uri, json } => run_keys_check(uri, *json),
+        args::Keys::List { path, json } => {
+            let list = slots::list(path)?;
+            output::print(&if *json { output::json(&list) } else { output::slots(&list) });
+            Ok(0)
+        }
+        args::Keys::AddSlot { path, uri, shares, threshold, open } => {
+            let new = match uri.as_str() {
+                "recovery:" => slots::New::Recovery { threshold: *threshold, shares: *shares },
+                uri => slots::New::Key(parse_uri(uri)?),
+            };
+            slot(&slots::add(path, &new, &with(open)?)?, open.json)
+        }
+        args::Keys::RemoveSlot { path, slot: id, open } => slot(&slots::remove(path, *id, &with(open)?)?, open.json),
+        args::Keys::BackupHeader { path, file, json } => header(&slots::header::backup(path, file)?, *json),
+        args::Keys::RestoreHeader { path, file, older, open } => {
+            if !open.recovery_shares.is_empty() {
+                return Err(Error::Usage(
+                    "a saved header is put back with a key: if only shares are left, copy the volume file out of it by hand".into(),
+                ));
+            }
+            header(&slots::header::restore(path, file, &with(open)?, *older)?, open.json)
+        }
+    }
+}
+
+/// What opens a volume for `keys`.
+fn with(open: &args::Open) -> Result<slots::With, Error> {
+    let uri = open.kms.as_deref().map(parse_uri).transpose()?;
+    let recovery = match open.recovery_shares.as_slice() {
+        [] => None,
+        files => Some(RecoveryKey::combine(&shares(files)?).map_err(slots::of_shares)?),
+    };
+    Ok(slots::With { trust: open.trust, uri, recovery })
+}
+
+/// Recovery shares, one a line, from files; `-` is a terminal, at which they are asked for until an empty line.
+fn shares(files: &[PathBuf]) -> Result<Vec<Zeroizing<String>>, Error> {
+    const LONGEST: u64 = 64 << 10;
+    let mut shares = Vec::new();
+    for file in files {
+        if file.as_os_str() == "-" {
+            let mut input = std::io::stdin().lock();
+            loop {
+                if std::io::stdin().is_terminal() {
+                    output::complain(&format!("Recovery share {} (an empty line ends): ", shares.len() + 1));
+                }
+                let mut line = Zeroizing::new(String::with_capacity(256));
+                let read = (&mut input).take(LONGEST).read_line(&mut line);
+                let read = read.map_err(|source| Error::Io { what: "cannot read shares".into(), source })?;
+                if read == 0 || line.trim().is_empty() {
+                    break;
+                }
+                shares.push(line);
+            }
+            continue;
+        }
+        let shown = file.display();
+        let cannot = |source| Error::Io { what: format!("cannot read recovery shares from {shown}"), source };
+        let mut text = Zeroizing::new(String::with_capacity(1 << 10));
+        std::fs::File::open(file).map_err(cannot)?.take(LONGEST).read_to_string(&mut text).map_err(cannot)?;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        shares.extend(lines.map(|line| Zeroizing::new(line.to_owned())));
+    }
+    Ok(shares)
 }
 
 fn run_keys_check(uri: &str, json: bool) -> Result<u8, Error> {

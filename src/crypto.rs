@@ -8,6 +8,7 @@ pub mod arena;
 pub mod ids;
 pub mod kdf;
 pub mod random;
+pub mod recovery;
 pub mod secret;
 
 pub use aead::{NONCE_LEN, TAG_LEN, Unauthentic};

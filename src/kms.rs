@@ -72,6 +72,14 @@ pub struct MadeKey {
     pub identity: KeyIdentity,
 }
 
+/// A given key under a KMS key.
+pub struct WrappedKey {
+    /// It.
+    pub wrapped: Wrapped,
+    /// What identifies the KMS key that wrapped it.
+    pub identity: KeyIdentity,
+}
+
 /// What a provider can tell of its key without using it.
 #[derive(Clone, Debug, Serialize)]
 pub struct KeyDescription {
@@ -107,6 +115,20 @@ pub trait KeySource: Send + Sync {
     /// # Errors
     /// Any [`KmsError`]. Refuses a KMS key that cannot bind (Transit: one that is not `derived`).
     fn make(&self, binding: &Binding) -> Result<MadeKey, KmsError>;
+
+    /// Wraps a given key, as [`make`](Self::make) does with a new one: a KEK gets a further slot. Makes no key at a
+    /// service that is not there.
+    /// An administrator's right, not a mount host's, where the service tells them apart.
+    ///
+    /// # Errors
+    /// Any [`KmsError`]; [`Failure::Unsuitable`] if the provider cannot.
+    fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+        let _ = (binding, key);
+        Err(KmsError::new(
+            Failure::Unsuitable,
+            "this key service cannot wrap a given key: use another for a further slot",
+        ))
+    }
 
     /// Unwraps with one request (besides a login). `identity` is what the slot recorded; on failure it serves to tell
     /// why, with as many further requests as that needs.

@@ -1,6 +1,6 @@
 //! The verbs: what `lethefs` does, one file each, without arguments, exit codes or text layout (those are `cli`'s).
 //!
-//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`revoke`], [`fsck`], [`keys`]: the verbs. Each returns a report that serialises to the
+//! - [`init`], [`mount`], [`umount`], [`status`], [`erase`], [`revoke`], [`fsck`], [`keys`], [`slots`]: the verbs. Each returns a report that serialises to the
 //!   JSON of docs/CLI.md;
 //! - [`audit`]: where a volume's audit log is, checking it and showing it;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
@@ -27,6 +27,7 @@ pub mod mountinfo;
 pub mod places;
 pub mod record;
 pub mod revoke;
+pub mod slots;
 pub mod status;
 pub mod supervisor;
 pub mod trust;
@@ -106,4 +107,15 @@ impl Error {
 /// The time, RFC 3339, UTC, whole seconds.
 pub fn now() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// Debug builds only: dies here as by `kill -9` if `LETHEFS_TEST_ABORT_AFTER` names this step. The tests run every step's
+/// death and the run after it.
+fn checkpoint(step: &str) {
+    #[cfg(debug_assertions)]
+    if std::env::var("LETHEFS_TEST_ABORT_AFTER").is_ok_and(|wanted| wanted == step) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+    #[cfg(not(debug_assertions))]
+    let _ = step;
 }

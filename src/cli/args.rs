@@ -253,6 +253,63 @@ pub struct Fsck {
 /// `keys`
 #[derive(Debug, Subcommand)]
 pub enum Keys {
+    /// List the keys that open a volume. Asks no key service
+    List {
+        /// Backing directory or mountpoint
+        path: PathBuf,
+        /// Report as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a further key open a volume
+    AddSlot {
+        /// Backing directory or mountpoint
+        path: PathBuf,
+        /// The key; or `recovery:` for shares on paper
+        uri: String,
+        /// recovery: how many shares to make
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        shares: u8,
+        /// recovery: how many of them are needed
+        #[arg(long, value_name = "K", default_value_t = 3)]
+        threshold: u8,
+        /// How the volume is opened
+        #[command(flatten)]
+        open: Open,
+    },
+    /// Take a key's slot out. Another one must open the volume
+    RemoveSlot {
+        /// Backing directory or mountpoint
+        path: PathBuf,
+        /// Number of the slot, as `keys list` shows it
+        slot: u32,
+        /// How the volume is opened
+        #[command(flatten)]
+        open: Open,
+    },
+    /// Save what a volume needs besides its files
+    BackupHeader {
+        /// Backing directory or mountpoint
+        path: PathBuf,
+        /// Where to; must not be there yet
+        file: PathBuf,
+        /// Report as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put a saved header back, if it is genuine and not older
+    RestoreHeader {
+        /// Backing directory; must not be mounted
+        path: PathBuf,
+        /// The saved header
+        file: PathBuf,
+        /// Also over a newer one that is in place. Never below what this host's pin has seen
+        #[arg(long)]
+        older: bool,
+        /// How the volume is opened
+        #[command(flatten)]
+        open: Open,
+    },
     /// Whether a key can be reached, used and destroyed from here, and why not
     Check {
         /// The key
@@ -288,6 +345,23 @@ pub enum Audit {
         /// A log file, or a backing directory or mountpoint
         path: PathBuf,
     },
+}
+
+/// How `keys` opens a volume
+#[derive(Debug, Args)]
+pub struct Open {
+    /// Vouch for a volume that this host does not know yet
+    #[arg(long)]
+    pub trust: bool,
+    /// The key to ask, where it is not the first that this host knows
+    #[arg(long, value_name = "URI")]
+    pub kms: Option<String>,
+    /// Open with recovery shares from these files (one a line); `-` asks at the terminal
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub recovery_shares: Vec<PathBuf>,
+    /// Report as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What mount(8) passes to `/sbin/mount.fuse.lethefs` and `/sbin/mount.lethefs`.

@@ -4,13 +4,14 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use crate::audit::Record;
 use crate::kms::KeyIdentity;
 use crate::service::custody::CustodyStatus;
 use crate::service::erase::{Plan, Report as EraseReport};
 use crate::service::status::{PinState, Report as StatusReport};
-use crate::service::{audit, fsck, init, keys, mount, revoke, umount};
+use crate::service::{audit, fsck, init, keys, mount, revoke, slots, umount};
 
 /// Writes to stdout. A reader that went away is its own business.
 pub fn print(text: &str) {
@@ -348,6 +349,65 @@ pub fn revoke(report: &revoke::Report) -> String {
         );
     }
     text
+}
+
+/// `keys list`
+pub fn slots(list: &slots::List) -> String {
+    let mark = if list.pinned { "" } else { "  (unverified)" };
+    let mut text = format!("volume   {}{mark}\nbacking  {}\n", list.volume_id, list.backing.display());
+    for slot in &list.slots {
+        let how = match (&slot.uri, &slot.key, slot.empty) {
+            (_, _, true) => "empty, as after an erase".into(),
+            (Some(uri), ..) => uri.to_string(),
+            (None, KeyIdentity::Recovery { .. }, _) => "on paper".into(),
+            (None, ..) => "this host does not know how to reach it".into(),
+        };
+        let _ = writeln!(text, "slot {:<3} {} ({how}), since {}", slot.id, key(&slot.key), safe(&slot.created));
+    }
+    for slot in &list.removed {
+        let _ = writeln!(
+            text,
+            "removed  slot {}: {}; still opens copies of the volume file from before",
+            slot.id,
+            key(&slot.key)
+        );
+    }
+    text
+}
+
+/// `keys add-slot`, `keys remove-slot`
+pub fn slot(report: &slots::Report) -> Zeroizing<String> {
+    let mut text = Zeroizing::new(String::with_capacity(64 << 10));
+    let _ = match report.done {
+        "removed" => writeln!(text, "slot {} is removed: {}", report.slot, key(&report.key)),
+        "added" => writeln!(text, "slot {} is added: {} opens the volume", report.slot, key(&report.key)),
+        _ => writeln!(text, "slot {} has that key already: {}", report.slot, key(&report.key)),
+    };
+    if !report.recovery_shares.is_empty() {
+        text.push_str("These shares are shown once and stored nowhere. Write each down for another person; each has a checksum.\n");
+        for (n, share) in report.recovery_shares.iter().enumerate() {
+            let _ = writeln!(
+                text,
+                "\nshare {} of {}, volume {}\n{}",
+                n + 1,
+                report.recovery_shares.len(),
+                report.volume_id,
+                share.as_str()
+            );
+        }
+    }
+    text
+}
+
+/// `keys backup-header`, `keys restore-header`
+pub fn header(report: &slots::header::Report) -> String {
+    let what = if report.restored.is_empty() { "nothing had to be changed".into() } else { report.restored.join(", ") };
+    format!(
+        "volume      {}\ngeneration  {}\nfile        {}\nput back    {what}\n",
+        report.volume_id,
+        report.generation,
+        report.file.display()
+    )
 }
 
 /// `audit verify`

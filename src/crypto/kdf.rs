@@ -68,6 +68,11 @@ pub fn from_kek(kek: &[u8; 32], label: KekLabel, volume: &VolumeId, scope: u32, 
     hkdf(&volume.0, kek, &[label.bytes(), &scope.to_le_bytes(), &version.to_le_bytes()], out);
 }
 
+/// Derives the key that wraps under a recovery key into `out`.
+pub fn from_recovery(recovery: &[u8; 32], id: &VolumeId, out: &mut [u8; 32]) {
+    hkdf(&id.0, recovery, &[b"lethefs/1/recovery"], out);
+}
+
 /// Derives from a DEK into `out`.
 pub fn from_dek(dek: &[u8; 32], label: DekLabel, object: &super::ObjectId, out: &mut [u8; 32]) {
     hkdf(&object.0, dek, &[label.bytes()], out);

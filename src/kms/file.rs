@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use self::store::{Stored, Wiped};
 use super::{
     Binding, Destruction, Failure, Finding, KeyAdmin, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey,
-    Permissions, Proof, Wrapped,
+    Permissions, Proof, Wrapped, WrappedKey,
 };
 use crate::crypto::Key32;
 
@@ -120,6 +120,11 @@ impl KeySource for KeyFile {
             .map_err(|_| KmsError::new(Failure::Config, "the system's random number generator failed"))?;
         let wrapped = wrap(&stored, binding, &key)?;
         Ok(MadeKey { key, wrapped, identity: identity(&stored) })
+    }
+
+    fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+        let stored = store::load_or_create(&self.path)?;
+        Ok(WrappedKey { wrapped: wrap(&stored, binding, key)?, identity: identity(&stored) })
     }
 
     fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, recorded: &KeyIdentity) -> Result<Key32, KmsError> {

@@ -76,6 +76,17 @@ pub enum KeyIdentity {
         /// When the file was made, RFC 3339.
         created: String,
     },
+    /// A recovery key: no service has it, only its shares on paper. Opens by `keys` alone, never at a mount.
+    Recovery {
+        /// Random id, which the shares carry.
+        recovery_id: VolumeId,
+        /// When it was made, RFC 3339.
+        created: String,
+        /// So many shares are needed,
+        threshold: u8,
+        /// of so many.
+        shares: u8,
+    },
     /// A key of a service that this program does not know. Kept as it is, and good for nothing.
     #[serde(untagged)]
     Foreign(ForeignIdentity),
@@ -112,7 +123,7 @@ impl TryFrom<serde_json::Map<String, serde_json::Value>> for ForeignIdentity {
     /// Not for services that are known: of those every field must be.
     fn try_from(fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, Self::Error> {
         match fields.get("provider").and_then(serde_json::Value::as_str) {
-            None | Some("transit" | "pkcs11" | "awskms" | "file" | "") => Err("not an identity of a key"),
+            None | Some("transit" | "pkcs11" | "awskms" | "file" | "recovery" | "") => Err("not an identity of a key"),
             Some(_) => Ok(Self(fields)),
         }
     }
@@ -131,6 +142,7 @@ impl KeyIdentity {
             }
             Self::Aws { key_arn, .. } => key_arn.rsplit('/').next().unwrap_or_default().to_owned(),
             Self::File { key_id, .. } => key_id.to_string(),
+            Self::Recovery { recovery_id, .. } => recovery_id.to_string(),
             Self::Foreign(foreign) => foreign.provider().to_owned(),
         }
     }
@@ -156,7 +168,7 @@ impl KeyIdentity {
                 }))
             }
             Self::Aws { key_arn, .. } => return format!("awskms:///{key_arn}").parse().ok(),
-            Self::File { .. } | Self::Foreign(_) => return None,
+            Self::File { .. } | Self::Recovery { .. } | Self::Foreign(_) => return None,
         };
         uri.to_string().parse().ok().filter(|parsed| *parsed == uri)
     }
@@ -204,6 +216,7 @@ impl KeyIdentity {
             (Self::Pkcs11 { .. }, Self::Pkcs11 { .. }) => self == other,
             (Self::Aws { key_arn, .. }, Self::Aws { key_arn: other, .. }) => key_arn == other,
             (Self::File { key_id, .. }, Self::File { key_id: other, .. }) => key_id == other,
+            (Self::Recovery { recovery_id, .. }, Self::Recovery { recovery_id: other, .. }) => recovery_id == other,
             (Self::Foreign(this), Self::Foreign(other)) => this == other,
             _ => false,
         }
@@ -228,6 +241,9 @@ impl fmt::Display for KeyIdentity {
             ),
             Self::Aws { key_arn, .. } => write!(f, "AWS KMS key {key_arn}"),
             Self::File { key_id, .. } => write!(f, "key file with id {key_id}"),
+            Self::Recovery { recovery_id, threshold, shares, .. } => {
+                write!(f, "recovery key {recovery_id}, any {threshold} of {shares} shares")
+            }
             Self::Foreign(foreign) => write!(f, "key of a service that is not known here: {}", foreign.provider()),
         }
     }

@@ -23,7 +23,9 @@ use zeroize::Zeroizing;
 pub use self::config::Config;
 use self::token::{Found, Open, Recorded};
 use super::uri::TokenKey;
-use super::{Binding, Failure, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey, Permissions, Wrapped};
+use super::{
+    Binding, Failure, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey, Permissions, Wrapped, WrappedKey,
+};
 use crate::crypto::Key32;
 
 /// Before the base64 of nonce ‖ ciphertext ‖ tag.
@@ -117,14 +119,21 @@ fn parse(wrapped: &Wrapped) -> Option<Vec<u8>> {
 fn make_on(open: &Open<'_>, found: &Found, binding: &Binding) -> Result<MadeKey, KmsError> {
     let what = called(open);
     found.check_suitable(&what)?;
-    for warning in found.warnings(&open.token) {
-        tracing::warn!(key = %what, "{warning}");
-    }
     let key = Key32::fill_with(|bytes| open.session.generate_random_slice(bytes))
         .map_err(|error| open.failed(&error, "make random bytes"))?;
     // A module that says CKR_OK and fills nothing.
     if key.expose(|bytes| bytes.iter().all(|b| *b == 0)) {
         return Err(KmsError::new(Failure::Protocol, format!("{} gave no random bytes: do not use it", open.what)));
+    }
+    let WrappedKey { wrapped, identity } = wrap_on(open, found, binding, &key)?;
+    Ok(MadeKey { key, wrapped, identity })
+}
+
+fn wrap_on(open: &Open<'_>, found: &Found, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+    let what = called(open);
+    found.check_suitable(&what)?;
+    for warning in found.warnings(&open.token) {
+        tracing::warn!(key = %what, "{warning}");
     }
     let aad = binding.bytes();
     let sealed = key
@@ -133,18 +142,29 @@ fn make_on(open: &Open<'_>, found: &Found, binding: &Binding) -> Result<MadeKey,
     // A token may append the nonce, or use another tag length: what cannot be opened again must not be handed out.
     let again = unseal(&open.session, found.handle, &aad, &sealed)
         .map_err(|error| classify::failed(&error, &what, "unwrap what it has just wrapped"))?;
-    let same = Key32::from_zeroizing(again).is_some_and(|again| again.same_as(&key));
+    let same = Key32::from_zeroizing(again).is_some_and(|again| again.same_as(key));
     if sealed.len() != SEALED || !same {
         return Err(KmsError::new(Failure::Unsuitable, format!("{what} does not wrap as CKM_AES_GCM should")));
     }
     let wrapped = Wrapped(format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode(&sealed)));
-    Ok(MadeKey { key, wrapped, identity: found.identity(&open.token) })
+    Ok(WrappedKey { wrapped, identity: found.identity(&open.token) })
 }
 
 impl KeySource for Pkcs11 {
     fn make(&self, binding: &Binding) -> Result<MadeKey, KmsError> {
         let binding = *binding;
         self.with_token(None, false, move |open, key, _| make_on(open, &open.the_one(key)?, &binding))
+    }
+
+    fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+        let binding = *binding;
+        // The call may be given up while it still runs: it has a copy of its own, which is wiped when it ends.
+        let copy: Result<Key32, std::convert::Infallible> = Key32::fill_with(|bytes| {
+            key.expose(|key| bytes.copy_from_slice(key));
+            Ok(())
+        });
+        let Ok(copy) = copy;
+        self.with_token(None, false, move |open, key, _| wrap_on(open, &open.the_one(key)?, &binding, &copy))
     }
 
     fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, identity: &KeyIdentity) -> Result<Key32, KmsError> {

@@ -20,6 +20,7 @@ use base64::engine::general_purpose::STANDARD;
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::json;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use self::classify::{Meaning, classify};
 use self::client::Client;
@@ -28,7 +29,9 @@ use self::diagnose::wrapped_version;
 use self::http::Reply;
 use self::key::{KeyInfo, create_command};
 use super::uri::TransitKey;
-use super::{Binding, Failure, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey, Permissions, Wrapped};
+use super::{
+    Binding, Failure, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey, Permissions, Wrapped, WrappedKey,
+};
 use crate::crypto::Key32;
 
 /// One Transit key at one server: the mount host's side and the administrator's.
@@ -45,6 +48,11 @@ struct Plaintext<'a> {
     plaintext: &'a str,
     #[serde(default)]
     ciphertext: Option<&'a str>,
+}
+
+#[derive(Deserialize)]
+struct Ciphertext<'a> {
+    ciphertext: &'a str,
 }
 
 impl Transit {
@@ -161,6 +169,41 @@ impl KeySource for Transit {
         }
         let identity = self.identity(&info, version)?;
         Ok(MadeKey { key, wrapped, identity })
+    }
+
+    fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+        // First, since the server makes a key that is not there for whoever may create one.
+        let (before, _) = self.read_key(None)?;
+        before.check_suitable(&self.what(), &self.key.engine, &self.key.key)?;
+        let mut text = Zeroizing::new(String::with_capacity(48));
+        key.expose(|bytes| STANDARD.encode_string(bytes, &mut text));
+        let mut body = json!({ "plaintext": *text, "context": STANDARD.encode(binding.bytes()) });
+        let reply = self.client.call(&Method::POST, &self.path("encrypt"), Some(&body), None);
+        if let Some(serde_json::Value::String(text)) = body.get_mut("plaintext") {
+            text.zeroize();
+        }
+        let reply = reply?;
+        if classify(&reply).0 != Meaning::Done {
+            return Err(reply.refuse(&self.what(), "wrap a given key (encrypt)"));
+        }
+        self.note(&reply);
+        let wrapped = Wrapped(reply.data::<Ciphertext<'_>>()?.ciphertext.to_owned());
+        let (after, _) = self.read_key(None)?;
+        let version = wrapped_version(&wrapped).filter(|version| after.created(*version).is_some());
+        let Some(version) = version else {
+            return Err(KmsError::new(
+                Failure::Protocol,
+                format!("{} gave a wrapped key without its version", self.what()),
+            ));
+        };
+        // Deleted and made anew between the two: then what was wrapped is under a key that nobody checked.
+        if after.created(before.latest_version) != before.created(before.latest_version) {
+            return Err(KmsError::new(
+                Failure::Recreated,
+                format!("{} was made anew meanwhile: look at it, and try again", self.what()),
+            ));
+        }
+        Ok(WrappedKey { wrapped, identity: self.identity(&after, version)? })
     }
 
     fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, identity: &KeyIdentity) -> Result<Key32, KmsError> {

@@ -57,6 +57,8 @@ pub struct Plan {
     pub keys: Vec<PlannedKey>,
     /// Keys that the volume file names besides, unverified, for which there is no URI. They would be left.
     pub left: Vec<KeyIdentity>,
+    /// Recovery keys: shares on paper that nobody here can reach.
+    pub paper: Vec<KeyIdentity>,
     /// Other volumes that this host knows to die with these keys.
     pub shared_with: Vec<Shared>,
     /// What the volume holds, if within reach.

@@ -377,7 +377,7 @@ fn offline(
     let mut settled = lines(&early, request.names);
     for line in &mut settled {
         let done = match line.fault {
-            Fault::VolumeFile => match VolumeFile::write(&lock, &body, volume.keys()) {
+            Fault::VolumeFile => match VolumeFile::heal(&lock, &body, volume.keys()) {
                 Ok(()) => Ok("both written anew"),
                 Err(error) => Err(error.to_string()),
             },

@@ -177,7 +177,7 @@ fn check_place(given: &Path) -> Result<Place, Error> {
 }
 
 /// A key file inside its own volume would be copied, backed up and lost with it.
-fn check_key_place(uri: &KeyUri, backing: &Path) -> Result<(), Error> {
+pub(super) fn check_key_place(uri: &KeyUri, backing: &Path) -> Result<(), Error> {
     match uri {
         KeyUri::File(path) => {
             let real = fs::canonicalize(path).or_else(|error| match (path.parent(), path.file_name()) {

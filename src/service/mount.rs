@@ -124,7 +124,7 @@ pub fn run(
     let volume = Volume::open(backing, &backing_path, &body, keys, read_only)?.with_audit(Arc::clone(&audit));
     // Only now is it known that the volume file is this directory's: before, nothing may be written.
     if repair && !read_only {
-        warnings.push(match VolumeFile::write(&lock, &body, volume.keys()) {
+        warnings.push(match VolumeFile::heal(&lock, &body, volume.keys()) {
             Ok(()) => "one copy of the volume file was missing or damaged: both were written anew".into(),
             Err(error) => {
                 format!("one copy of the volume file is missing or damaged, and writing it anew failed: {error}")
@@ -334,7 +334,8 @@ fn refuse_second_copy(files: &Files) -> Result<(), Error> {
 fn remember(pin: &trust::Pin, warnings: &mut Vec<String>) -> Result<(), Error> {
     let on_disk = trust::find(pin.volume_id).ok().flatten();
     let first_sight = on_disk.is_none();
-    if on_disk.is_none_or(|found| found.pin != *pin) {
+    // Whoever changed slots meanwhile has written a newer one.
+    if on_disk.is_none_or(|found| found.pin != *pin && found.pin.generation <= pin.generation) {
         match pin.save() {
             Ok(path) => tracing::info!(pin = %path.display(), "pin written"),
             Err(error) if first_sight => return Err(error.into()),

@@ -136,6 +136,13 @@ pub fn run(prepared: &Prepared, way: Way) -> Outcome {
     for mount in plan.live_mounts.iter().filter(|mount| !mount.reachable) {
         report.warnings.push(format!("the mount at {} could not be reached and was not asked", mount.mountpoint));
     }
+    if way == Way::Revoke {
+        report.warnings.extend(
+            plan.paper
+                .iter()
+                .map(|key| format!("{key} is on paper and cannot be suspended: with it, the volume opens")),
+        );
+    }
     let opens = if way == Way::Revoke { "still opens the volume" } else { "is not back" };
     let missing: Vec<String> = report
         .keys

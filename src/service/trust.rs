@@ -13,7 +13,7 @@ use crate::crypto::VolumeId;
 use crate::crypto::ids::{hex, unhex};
 use crate::keyring;
 use crate::kms::{KeyIdentity, KeyUri};
-use crate::volume::meta::{Body, KeyState, Slot, VolumeFile};
+use crate::volume::meta::{Body, KekRecord, KeyState, Slot, VolumeFile};
 
 /// Longest pin read, in bytes.
 const MAX_PIN: u64 = 1 << 20;
@@ -164,13 +164,28 @@ impl Pin {
         Self::of(body, |_| Some(uri.clone()))
     }
 
-    /// Takes in what an authenticated body says: generation, label, KEK versions and slots not yet known. What is known stays.
+    /// Takes in what an authenticated body says: generation, label, KEK versions and slots not yet known. Slots that it does not have
+    /// any more go; what else is known stays.
     pub fn refresh(&mut self, body: &Body) {
         self.generation = self.generation.max(body.generation);
         self.label.clone_from(&body.label);
         let usable = body.scope().keks.iter().filter(|kek| kek.state != KeyState::Destroyed);
         self.lowest_version = self.lowest_version.max(usable.map(|kek| kek.version).min().unwrap_or(1));
         self.learn(body, |slot| slot.identity.uri());
+        for known in &mut self.keks {
+            let records = body.scopes.iter().filter(|scope| scope.id == known.scope).flat_map(|scope| &scope.keks);
+            for record in records.filter(|record| record.version == known.version) {
+                known.slots.retain(|slot| record.slots.iter().any(|other| other.identity == slot.identity));
+            }
+        }
+    }
+
+    /// Says how this host reaches the key of a slot.
+    pub fn set_uri(&mut self, scope: u32, version: u32, slot: &Slot, uri: &KeyUri) {
+        let Some(kek) = self.keks.iter_mut().find(|kek| (kek.scope, kek.version) == (scope, version)) else { return };
+        kek.slots.retain(|known| known.identity != slot.identity);
+        kek.slots.push(PinnedSlot { id: slot.id, uri: uri.clone(), identity: slot.identity.clone() });
+        kek.slots.sort_by_key(|known| known.id);
     }
 
     fn learn(&mut self, body: &Body, uri_of: impl Fn(&Slot) -> Option<KeyUri>) {
@@ -278,6 +293,38 @@ fn load(dir: &Path, path: &Path) -> io::Result<Pin> {
 /// # Errors
 /// [`TrustError::Differs`] or [`TrustError::Older`].
 pub fn verify(found: &Found, body: &Body) -> Result<Vec<Usable>, TrustError> {
+    let (record, known, commitment) = verify_kek(found, body)?;
+    let mut usable = Vec::new();
+    // One slot for each pinned key: the file is not authentic yet, and each slot of it costs a request.
+    for known in &known.slots {
+        if let Some(slot) = record.slots.iter().find(|slot| slot.identity == known.identity) {
+            usable.push(Usable {
+                scope: body.scope().id,
+                version: record.version,
+                commitment,
+                slot: slot.clone(),
+                uri: known.uri.clone(),
+            });
+        }
+    }
+    if usable.is_empty() {
+        let what = format!("it names another key, unverified: {}", keys_of(body));
+        return Err(TrustError::Differs { path: found.path.clone(), what });
+    }
+    not_older(found, body)?;
+    Ok(usable)
+}
+
+/// Refuses a generation lower than the pin's.
+fn not_older(Found { pin, path }: &Found, body: &Body) -> Result<(), TrustError> {
+    if body.generation < pin.generation {
+        return Err(TrustError::Older { path: path.clone(), found: body.generation, pinned: pin.generation });
+    }
+    Ok(())
+}
+
+/// What of the current KEK version in `body` the pin vouches for, whatever its slots.
+fn verify_kek<'a>(found: &'a Found, body: &'a Body) -> Result<(&'a KekRecord, &'a PinnedKek, [u8; 32]), TrustError> {
     let Found { pin, path } = found;
     let differs = |what: String| Err(TrustError::Differs { path: path.clone(), what });
     if pin.volume_id != body.volume_id {
@@ -302,26 +349,7 @@ pub fn verify(found: &Found, body: &Body) -> Result<Vec<Usable>, TrustError> {
     if !same {
         return differs(format!("the commitment of KEK version {} is another one", scope.current));
     }
-    let mut usable = Vec::new();
-    // One slot for each pinned key: the file is not authentic yet, and each slot of it costs a request.
-    for known in &known.slots {
-        if let Some(slot) = record.slots.iter().find(|slot| slot.identity == known.identity) {
-            usable.push(Usable {
-                scope: scope.id,
-                version: scope.current,
-                commitment,
-                slot: slot.clone(),
-                uri: known.uri.clone(),
-            });
-        }
-    }
-    if usable.is_empty() {
-        return differs(format!("it names another key, unverified: {}", keys_of(body)));
-    }
-    if body.generation < pin.generation {
-        return Err(TrustError::Older { path: path.clone(), found: body.generation, pinned: pin.generation });
-    }
-    Ok(usable)
+    Ok((record, known, commitment))
 }
 
 /// A volume file that this host has a reason to ask a key service about.
@@ -348,8 +376,14 @@ pub fn grant(copies: Vec<VolumeFile>, trust: bool, uri: Option<&KeyUri>) -> Resu
         let granted = attempt.and_then(|found| verify(&found, body).map(|_| found));
         match granted {
             Ok(found) => {
-                let copies =
-                    copies.into_iter().filter_map(|copy| verify(&found, copy.body()).ok().map(|usable| (copy, usable)));
+                let copies = copies.into_iter().filter_map(|copy| {
+                    let mut usable = verify(&found, copy.body()).ok()?;
+                    // A key that was named is the one that is asked, not another slot's before it.
+                    if let Some(uri) = uri.filter(|uri| usable.iter().any(|one| one.uri == **uri)) {
+                        usable.retain(|one| one.uri == *uri);
+                    }
+                    Some((copy, usable))
+                });
                 return Ok(Grant { copies: copies.collect(), pin: found.pin });
             }
             Err(error) => {
@@ -358,6 +392,43 @@ pub fn grant(copies: Vec<VolumeFile>, trust: bool, uri: Option<&KeyUri>) -> Resu
         }
     }
     Err(first_error.unwrap_or_else(|| TrustError::NoPlace(io::Error::other("no copy of the volume file"))))
+}
+
+/// Which copies of a volume file may be opened with recovery shares: no key service is asked then, so the pin need not know one, but
+/// the KEK's commitment and the generation must agree.
+///
+/// # Errors
+/// Any [`TrustError`].
+pub fn grant_without_keys(copies: Vec<VolumeFile>, trust: bool) -> Result<Grant, TrustError> {
+    let mut first_error = None;
+    for candidate in &copies {
+        let body = candidate.body();
+        let found = match find(body.volume_id)? {
+            Some(found) => found,
+            None if trust => {
+                let path = trust_path(body)?;
+                Found { pin: Pin::of(body, |_| None), path }
+            }
+            None => return Err(no_pin(body)),
+        };
+        match verify_kek(&found, body).and_then(|_| not_older(&found, body)) {
+            Ok(()) => {
+                let agrees = |copy: &VolumeFile| {
+                    verify_kek(&found, copy.body()).and_then(|_| not_older(&found, copy.body())).is_ok()
+                };
+                let copies = copies.into_iter().filter(agrees).map(|copy| (copy, Vec::new())).collect();
+                return Ok(Grant { copies, pin: found.pin });
+            }
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    Err(first_error.unwrap_or_else(|| TrustError::NoPlace(io::Error::other("no copy of the volume file"))))
+}
+
+fn trust_path(body: &Body) -> Result<PathBuf, TrustError> {
+    Ok(places::trust_dir().map_err(TrustError::NoPlace)?.join(body.volume_id.to_string()))
 }
 
 /// The pin of a volume that the user vouches for now. Of what the file says, only the key's name is used, never an address.
@@ -369,8 +440,7 @@ fn first_sight(body: &Body, uri: Option<&KeyUri>) -> Result<Found, TrustError> {
         (identity, Some(uri)) => Some(uri.clone()).filter(|uri| identity.is_named_by(uri)),
     });
     if pin.slots().next().is_some() {
-        let path = places::trust_dir().map_err(TrustError::NoPlace)?.join(body.volume_id.to_string());
-        return Ok(Found { pin, path });
+        return Ok(Found { pin, path: trust_path(body)? });
     }
     match uri {
         None => Err(no_pin(body)),

@@ -42,7 +42,16 @@ impl DirKeys {
             Err(Errno::NOENT | Errno::INVAL) => return Err(DAMAGED),
             other => other?,
         };
-        let bytes: [u8; STATIC_LEN] = un_b64(&text).and_then(|bytes| bytes.try_into().ok()).ok_or(DAMAGED)?;
+        Self::parse(&text, keys)
+    }
+
+    /// Authenticates a header that is the target of a `lethefs.dir`.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), but the backing filesystem's.
+    pub fn parse(text: &[u8], keys: &Keyring) -> Result<Self, VolumeError> {
+        const DAMAGED: VolumeError = VolumeError::Damaged(Damage::Header);
+        let bytes: [u8; STATIC_LEN] = un_b64(text).and_then(|bytes| bytes.try_into().ok()).ok_or(DAMAGED)?;
         Ok(Self(Static::open_as(keys, &bytes, ObjectType::Directory)?))
     }
 

@@ -6,8 +6,9 @@
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::dir::DirKeys;
@@ -22,6 +23,11 @@ use crate::kms::{KeyIdentity, Wrapped};
 pub const MAX_LEN: u64 = 1 << 20;
 /// Longest label, in bytes.
 pub const MAX_LABEL: usize = 64;
+
+/// The field of a KEK record's `extra` that lists slots taken out.
+const REMOVED: &str = "removed_slots";
+/// How long mending waits for a change that is under way.
+const HEAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Fields that this program need not know. Authenticated with the rest.
 pub type Extra = serde_json::Map<String, serde_json::Value>;
@@ -285,12 +291,80 @@ impl VolumeFile {
         write_copies(backing, &line, &auth)
     }
 
+    /// Makes both copies what the better of them is: `body`, or an authentic one of a higher generation that came to be since `body` was
+    /// read. What is right already is left alone.
+    ///
+    /// # Errors
+    /// The ring's, or the backing filesystem's; somebody else is changing the file.
+    pub fn heal(backing: impl AsFd, body: &Body, keys: &Keyring) -> Result<(), MetaError> {
+        let Some(lock) = WriteLock::take(&backing, HEAL_PATIENCE)? else {
+            return Err(io::Error::new(io::ErrorKind::WouldBlock, "another lethefs changes it just now").into());
+        };
+        let copies = Self::read(&backing)?;
+        let authentic: Vec<&Body> = copies.iter().filter_map(|copy| copy.authenticate(keys).ok()).collect();
+        let best = authentic.iter().copied().chain([body]).max_by_key(|body| body.generation).unwrap_or(body);
+        if authentic.len() == 2 && authentic.iter().all(|copy| *copy == best) {
+            return Ok(());
+        }
+        lock.write(best, keys)
+    }
+
     /// Writes the body of an erased volume. Its key is gone, so nothing can authenticate it: it is for people.
     ///
     /// # Errors
     /// The backing filesystem's.
     pub fn write_tombstone(backing: impl AsFd, body: &Body) -> Result<(), MetaError> {
         write_copies(backing, &to_line(body)?, &AuthLine { auth: Vec::new() })
+    }
+}
+
+/// The right to change a volume file: held by whoever reads it, thinks, and writes. Needs no lock of the volume, so that it works
+/// beside a mount, which never writes the file but when it begins.
+pub struct WriteLock {
+    dir: std::os::fd::OwnedFd,
+    _file: std::fs::File,
+}
+
+impl WriteLock {
+    /// Takes it, and waits for others that long. `None`: somebody has it still.
+    ///
+    /// # Errors
+    /// [`MetaError::NotAVolume`], or the backing filesystem's.
+    pub fn take(backing: impl AsFd, patience: Duration) -> Result<Option<Self>, MetaError> {
+        let until = Instant::now() + patience;
+        loop {
+            // The copy that is replaced last: who waited for the old one then finds it replaced.
+            let (name, fd) = match storage::open_file(backing.as_fd(), VOLUME_FILE_COPY, false) {
+                Ok(fd) => (VOLUME_FILE_COPY, fd),
+                Err(Errno::NOENT) => match storage::open_file(backing.as_fd(), VOLUME_FILE, false) {
+                    Ok(fd) => (VOLUME_FILE, fd),
+                    Err(Errno::NOENT) => return Err(MetaError::NotAVolume),
+                    Err(errno) => return Err(errno.into()),
+                },
+                Err(errno) => return Err(errno.into()),
+            };
+            let file = std::fs::File::from(fd);
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {
+                    let (held, there) =
+                        (rustix::fs::fstat(&file)?, rustix::fs::statat(&backing, name, AtFlags::SYMLINK_NOFOLLOW));
+                    if there.is_ok_and(|there| (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)) {
+                        return Ok(Some(Self { dir: backing.as_fd().try_clone_to_owned()?, _file: file }));
+                    }
+                }
+                Err(Errno::WOULDBLOCK) if Instant::now() >= until => return Ok(None),
+                Err(Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(10)),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Writes both copies, as [`VolumeFile::write`].
+    ///
+    /// # Errors
+    /// The ring's, or the backing filesystem's.
+    pub fn write(&self, body: &Body, keys: &Keyring) -> Result<(), MetaError> {
+        VolumeFile::write(&self.dir, body, keys)
     }
 }
 
@@ -326,6 +400,27 @@ impl Body {
 }
 
 impl KekRecord {
+    /// The slots that were taken out, oldest first, without what they had wrapped: their keys open copies of the volume file from before.
+    pub fn removed(&self) -> Vec<Slot> {
+        let list = self.extra.get(REMOVED).cloned().unwrap_or_default();
+        serde_json::from_value(list).unwrap_or_default()
+    }
+
+    /// Takes a slot out, and remembers that it was. `None`: there is no such slot.
+    pub fn remove(&mut self, id: u32) -> Option<Slot> {
+        let at = self.slots.iter().position(|slot| slot.id == id)?;
+        let slot = self.slots.remove(at);
+        let mut removed = self.removed();
+        removed.push(Slot { wrapped: Wrapped(String::new()), canary: Wrapped(String::new()), ..slot.clone() });
+        self.extra.insert(REMOVED.into(), serde_json::to_value(removed).unwrap_or_default());
+        Some(slot)
+    }
+
+    /// A number that no slot has or had.
+    pub fn next_slot(&self) -> u32 {
+        self.slots.iter().map(|slot| slot.id).chain(self.removed().iter().map(|slot| slot.id)).max().unwrap_or(0) + 1
+    }
+
     /// The commitment's bytes.
     pub fn commitment(&self) -> [u8; 32] {
         unhex(&self.commitment).unwrap_or_default()

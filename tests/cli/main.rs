@@ -6,6 +6,7 @@ mod audit;
 mod erase;
 mod refusals;
 mod revoke;
+mod slots;
 mod terminal;
 mod world;
 

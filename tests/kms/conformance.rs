@@ -13,12 +13,14 @@ use serde_json::json;
 
 use super::openbao::{Server, Storage};
 use super::softhsm::{LABEL, Token};
-use super::{ADMIN_POLICY, BINDING, HOST_POLICY, config, documented_policy, failure, token};
+use super::{ADMIN_POLICY, BINDING, HOST_POLICY, WRAP_POLICY, config, documented_policy, failure, token};
 
 /// A provider under test, and what it can do.
 struct Provider<'a> {
     name: &'a str,
     host: &'a dyn KeySource,
+    /// Whoever may wrap a given key.
+    wrapper: &'a dyn KeySource,
     admin: &'a dyn KeyAdmin,
     /// Rotates the key at the service, and rewraps there.
     rotate: Option<&'a dyn Fn(&Wrapped) -> Wrapped>,
@@ -112,7 +114,7 @@ fn other_identities(identity: &KeyIdentity) -> Vec<(&'static str, KeyIdentity)> 
                 }
             }),
         )],
-        KeyIdentity::Foreign(_) => panic!("a provider that makes keys of another"),
+        KeyIdentity::Recovery { .. } | KeyIdentity::Foreign(_) => panic!("a provider that makes keys of another"),
     }
 }
 
@@ -128,6 +130,16 @@ fn run(p: &Provider<'_>) {
     let second = p.host.make(&BINDING).expect("make again");
     assert!(!second.key.same_as(&made.key) && second.wrapped != made.wrapped, "{name}: the same key twice");
     assert!(second.identity.same_key(&made.identity), "{name}");
+
+    // A given key: not by a mount host where rights are apart, the same key out again, bound like a made one.
+    if p.separates {
+        assert_eq!(failure("wrap", p.host.wrap(&BINDING, &made.key)), Failure::Denied, "{name}");
+    }
+    let given = p.wrapper.wrap(&BINDING, &made.key).unwrap_or_else(|e| panic!("{name}: wrap: {e} {:?}", e.detail));
+    assert!(given.identity.same_key(&made.identity) && given.wrapped != made.wrapped, "{name}");
+    unwrap("wrapped", &given.wrapped);
+    let elsewhere = Binding { purpose: Purpose::Canary, ..BINDING };
+    assert_eq!(failure("wrap", p.host.unwrap(&elsewhere, &given.wrapped, &made.identity)), Failure::BadData, "{name}");
 
     // Bound to its place.
     for (case, binding) in [
@@ -246,6 +258,10 @@ fn run(p: &Provider<'_>) {
         assert_eq!(error.failure, p.gone, "{name}: {error} {:?}", error.detail);
     }
     assert_eq!(failure("describe", p.admin.describe()), Failure::Missing, "{name}");
+    if p.separates {
+        // Not made by wrapping under it.
+        assert_eq!(failure("wrap", p.wrapper.wrap(&BINDING, &made.key)), Failure::Missing, "{name}");
+    }
     for (case, probe) in probes {
         let proof = p.admin.prove_destroyed(&made.identity, probe);
         let proof = proof.unwrap_or_else(|e| panic!("{name}: proof {case}: {e} {:?}", e.detail));
@@ -265,6 +281,7 @@ fn key_file() {
     run(&Provider {
         name: "key file",
         host: &file,
+        wrapper: &file,
         admin: &file,
         rotate: None,
         suspends: true,
@@ -293,6 +310,7 @@ fn pkcs11() {
             name,
             host: &host,
             admin: &admin,
+            wrapper: &host,
             rotate: None,
             suspends: true,
             tells: true,
@@ -330,7 +348,7 @@ fn transit() {
             config.namespace = namespace.to_owned();
             Transit::new(&key, config)
         };
-        let (host, admin) = (login(HOST_POLICY), login(ADMIN_POLICY));
+        let (host, admin, wrapper) = (login(HOST_POLICY), login(ADMIN_POLICY), login(WRAP_POLICY));
         let rotate = |wrapped: &Wrapped| {
             server.put(&format!("{key_path}/rotate"), json!({}));
             let body = json!({ "ciphertext": wrapped.0, "context": STANDARD.encode(BINDING.bytes()) });
@@ -340,6 +358,7 @@ fn transit() {
         run(&Provider {
             name,
             host: &host,
+            wrapper: &wrapper,
             admin: &admin,
             rotate: Some(&rotate),
             suspends: true,

@@ -71,6 +71,7 @@ pub(crate) fn documented_policy(heading: &str, name: &str) -> String {
 }
 
 pub(crate) const HOST_POLICY: &str = "### The mount host's policy";
+pub(crate) const WRAP_POLICY: &str = "### To add a slot";
 pub(crate) const ADMIN_POLICY: &str = "### The administrator's policy";
 
 /// A host's and an administrator's token for one key, with the documented policies.

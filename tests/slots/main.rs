@@ -4,6 +4,7 @@
 
 mod audit;
 mod revoke;
+mod slots;
 #[path = "../support/mod.rs"]
 mod support;
 mod world;

@@ -28,10 +28,12 @@ pub fn prepare(victim: &Victim, uris: &[KeyUri]) -> Result<Prepared, Error> {
         }
         Victim::OutOfReach(volume) => (*volume, Vec::new(), None, None),
     };
-    let claims: Vec<Claim> = bodies.iter().filter(|body| body.volume_id == volume).flat_map(claims).collect();
+    let own = || bodies.iter().filter(|body| body.volume_id == volume);
+    let claims: Vec<Claim> = own().flat_map(claims).collect();
+    let removed: Vec<Claim> = own().flat_map(claims_removed).collect();
     let pin = trust::find(volume)?.map(|found| found.pin);
     let mut targets = pin.as_ref().map(of_pin).unwrap_or_default();
-    add_given(&mut targets, uris, &claims)?;
+    add_given(&mut targets, uris, &claims, &removed)?;
     if targets.is_empty() {
         return Err(Error::Usage(format!(
             "this host has no pin for volume {volume}, so its volume file is not believed: name the key with --key URI"
@@ -40,11 +42,13 @@ pub fn prepare(victim: &Victim, uris: &[KeyUri]) -> Result<Prepared, Error> {
     for target in &mut targets {
         target.probe = probe(volume, target, &claims);
     }
-    let mut left: Vec<KeyIdentity> = Vec::new();
+    let (mut left, mut paper): (Vec<KeyIdentity>, Vec<KeyIdentity>) = (Vec::new(), Vec::new());
     for claim in &claims {
         let known = targets.iter().any(|target| target.identity.same_key(&claim.slot.identity));
-        if !known && !left.contains(&claim.slot.identity) {
-            left.push(claim.slot.identity.clone());
+        // Paper is out of anybody's reach; the plan says so.
+        let list = if matches!(claim.slot.identity, KeyIdentity::Recovery { .. }) { &mut paper } else { &mut left };
+        if !known && !list.contains(&claim.slot.identity) {
+            list.push(claim.slot.identity.clone());
         }
     }
     let keys = describe(&targets)?;
@@ -60,9 +64,10 @@ pub fn prepare(victim: &Victim, uris: &[KeyUri]) -> Result<Prepared, Error> {
         backing: path.as_deref().map(path_text::encode),
         pinned: pin.is_some(),
         live_mounts: live_mounts(volume, &shared_with)?,
-        remains: remains(&targets, &left, dir.is_some()),
+        remains: remains(&targets, &left, &bodies, dir.is_some()),
         keys,
         left,
+        paper,
         shared_with,
         contents: path.as_deref().map(backing::count),
         begun,
@@ -91,6 +96,16 @@ fn claims(body: &Body) -> impl Iterator<Item = Claim> {
     })
 }
 
+/// Slots that were taken out, as the volume file remembers them.
+fn claims_removed(body: &Body) -> impl Iterator<Item = Claim> {
+    body.scopes.iter().flat_map(|scope| {
+        scope.keks.iter().flat_map(|kek| {
+            let (scope, version) = (scope.id, kek.version);
+            kek.removed().into_iter().map(move |slot| Claim { scope, version, slot })
+        })
+    })
+}
+
 fn of_pin(pin: &Pin) -> Vec<Target> {
     pin.slots()
         .map(|(scope, version, slot)| Target {
@@ -106,7 +121,7 @@ fn of_pin(pin: &Pin) -> Vec<Target> {
 
 /// Keys given with the command: those of the volume file's claims that the URI can mean, else what stands there now. The
 /// destruction itself checks the identity again.
-fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Result<(), Error> {
+fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim], removed: &[Claim]) -> Result<(), Error> {
     let pinned = !targets.is_empty();
     for uri in uris {
         // A name means any key file, so if one is there, its id says which key it is.
@@ -135,7 +150,7 @@ fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim]) -> Re
             continue;
         }
         let before = targets.len();
-        for claim in claims.iter().filter(|claim| means(&claim.slot.identity)) {
+        for claim in claims.iter().chain(removed).filter(|claim| means(&claim.slot.identity)) {
             if targets.iter().all(|target| target.identity != claim.slot.identity) {
                 targets.push(Target {
                     scope: claim.scope,
@@ -230,8 +245,30 @@ fn live_mounts(volume: VolumeId, shared: &[Shared]) -> Result<Vec<LiveMount>, Er
 }
 
 /// What nobody here can exclude.
-fn remains(targets: &[Target], left: &[KeyIdentity], within_reach: bool) -> Vec<String> {
+fn remains(targets: &[Target], left: &[KeyIdentity], bodies: &[Body], within_reach: bool) -> Vec<String> {
     let mut remains = Vec::new();
+    let mut seen: Vec<&KeyIdentity> = Vec::new();
+    let keks = || bodies.iter().flat_map(|body| &body.scopes).flat_map(|scope| &scope.keks);
+    for slot in keks().flat_map(|kek| &kek.slots) {
+        if matches!(slot.identity, KeyIdentity::Recovery { .. }) && !seen.contains(&&slot.identity) {
+            seen.push(&slot.identity);
+            remains.push(format!(
+                "the shares on paper of slot {} ({}) open any copy of the volume file from before (backups, snapshots, saved headers): this erase empties the slot here and reaches neither paper nor copies",
+                slot.id, slot.identity
+            ));
+        }
+    }
+    let removed: Vec<Slot> = keks().flat_map(|kek| kek.removed()).collect();
+    for (n, slot) in removed.iter().enumerate() {
+        let dies = targets.iter().any(|target| target.identity.same_key(&slot.identity));
+        if !dies && !removed[..n].iter().any(|other| other.identity == slot.identity) {
+            remains.push(format!(
+                "slot {} was removed, and {} still opens copies of the volume file from before that: destroy it as well (--key)",
+                slot.id,
+                slot.identity.to_string().escape_debug()
+            ));
+        }
+    }
     let mut add = |text: &str| remains.push(text.to_owned());
     if targets.iter().any(|target| matches!(target.identity, KeyIdentity::Transit { .. })) {
         add("a snapshot or backup of the key service, restored, brings the key back: destroy or outwait those, too");

@@ -1,6 +1,7 @@
 //! The erase itself: T1 inaccessible, live mounts sealed, T2 destruction, T3 proof. Journalled before and after each.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -11,8 +12,11 @@ use crate::kms::{self, Destruction, Failure, KeyIdentity, KmsError};
 use crate::service::control::{Client, Op};
 use crate::service::journal::{Journal, Place, Receipt, SlotJournal, SlotState, State};
 use crate::service::record::{self, path_text};
-use crate::service::{Error, SCHEMA, audit, mountinfo, now};
-use crate::volume::meta::{KeyState, VolumeFile};
+use crate::service::{Error, SCHEMA, audit, checkpoint, mountinfo, now};
+use crate::volume::meta::{KeyState, VolumeFile, WriteLock};
+
+/// How long a tombstone waits for a change of slots that is under way.
+const TOMBSTONE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How far an erase got.
 #[derive(Debug, Serialize)]
@@ -384,8 +388,10 @@ impl Run<'_> {
         self.reached(State::Irrecoverable);
         self.save()?;
         checkpoint("irrecoverable");
-        self.tombstone()?;
-        Ok(None)
+        match self.tombstone() {
+            Err(error @ Error::StillRestorable(_)) => Ok(Some(error)),
+            done => done.map(|()| None),
+        }
     }
 
     fn still_restorable(&self, n: usize, target: &Target, error: &KmsError) -> String {
@@ -398,10 +404,25 @@ impl Run<'_> {
     /// Takes the wrapped keys out of the volume file, now that they are waste.
     fn tombstone(&mut self) -> Result<(), Error> {
         let Some(dir) = &self.confirmed.prepared.backing else { return Ok(()) };
+        // Whoever changes slots now is waited for, but not for ever: the keys are gone.
+        let _lock = WriteLock::take(dir, TOMBSTONE_PATIENCE)?;
         let copies = VolumeFile::read(dir)?;
         let Some(copy) = copies.iter().find(|copy| copy.body().volume_id == self.journal.volume_id) else {
             return Ok(());
         };
+        let targets = &self.confirmed.prepared.targets;
+        let slots =
+            copies.iter().flat_map(|copy| &copy.body().scopes).flat_map(|scope| &scope.keks).flat_map(|kek| &kek.slots);
+        for slot in slots {
+            let known = targets.iter().any(|target| target.identity.same_key(&slot.identity));
+            let told = self.confirmed.prepared.plan.left.contains(&slot.identity);
+            if !known && !told && !matches!(slot.identity, KeyIdentity::Recovery { .. }) && !slot.wrapped.0.is_empty() {
+                return Err(Error::StillRestorable(format!(
+                    "a slot was added while this erase ran ({}): run it again",
+                    slot.identity.to_string().escape_debug()
+                )));
+            }
+        }
         let mut body = copy.body().clone();
         for kek in body.scopes.iter_mut().flat_map(|scope| &mut scope.keks) {
             kek.state = KeyState::Destroyed;
@@ -446,15 +467,4 @@ fn problem(error: &KmsError) -> String {
     let class = serde_json::to_value(error.failure).ok();
     let class = class.as_ref().and_then(|class| class.as_str()).unwrap_or("unknown");
     format!("{class}: {error}")
-}
-
-/// Debug builds only: dies here as by `kill -9` if `LETHEFS_TEST_ABORT_AFTER` names this step. The tests run every step's
-/// death and the run after it.
-fn checkpoint(step: &str) {
-    #[cfg(debug_assertions)]
-    if std::env::var("LETHEFS_TEST_ABORT_AFTER").is_ok_and(|wanted| wanted == step) {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-    }
-    #[cfg(not(debug_assertions))]
-    let _ = step;
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::audit::{Event, Sink};
+use crate::crypto::Key32;
 use crate::keyring::{self, Keyring};
 use crate::kms::{self, Binding, Failure, KeySource, KmsError, Purpose};
 use crate::service::Error;
@@ -28,15 +29,28 @@ pub(in crate::service) struct Unlocked {
 }
 
 /// Unwraps the KEK with one request where all is well; damaged copies may take one more. `purpose` is the verb, for the audit log.
+///
+/// Another slot is asked only where the first one's service could not be reached, never where it said no (docs/decisions/0013-slots.md).
 pub(in crate::service) fn unlock(
     grant: &Grant,
     journal: Option<&Journal>,
     purpose: &'static str,
 ) -> Result<Unlocked, Error> {
+    unlock_keeping(grant, journal, purpose, None).map(|(unlocked, _)| unlocked)
+}
+
+/// [`unlock`] that also hands out the KEK, for a further slot. `without`: not by this slot.
+pub(in crate::service) fn unlock_keeping(
+    grant: &Grant,
+    journal: Option<&Journal>,
+    purpose: &'static str,
+    without: Option<u32>,
+) -> Result<(Unlocked, Key32), Error> {
     let sink = audit::open(grant.pin.volume_id);
     let mut tried: Vec<&Usable> = Vec::new();
     let mut first_error = None;
-    for usable in grant.copies.iter().flat_map(|(_, usable)| usable) {
+    let all = || grant.copies.iter().flat_map(|(_, usable)| usable).filter(|usable| Some(usable.slot.id) != without);
+    for usable in all() {
         let seen = |other: &&Usable| other.slot.wrapped == usable.slot.wrapped && other.uri == usable.uri;
         if usable.slot.wrapped.0.is_empty() || tried.iter().any(seen) {
             continue;
@@ -46,18 +60,38 @@ pub(in crate::service) fn unlock(
             Ok(unlocked) => return Ok(unlocked),
             Err(error) => {
                 tracing::debug!(slot = usable.slot.id, %error, "a slot did not open the volume");
-                // Only damage is a reason to look at another copy of the same slot; a key that is gone is gone for it, too.
+                // Damage is a reason to look at another copy of the same slot, no answer one to ask another slot's service.
                 let damage = matches!(&error, Error::Meta(_) | Error::Kms(KmsError { failure: Failure::BadData, .. }));
-                first_error.get_or_insert(error);
-                let others = grant.copies.iter().flat_map(|(_, usable)| usable).any(|other| other.uri != usable.uri);
-                if !damage && !others {
+                let no_answer = matches!(&error, Error::Kms(error) if may_fail_over(error.failure));
+                let other = all().find(|other| other.uri != usable.uri && !other.slot.wrapped.0.is_empty());
+                let go_on = damage || no_answer;
+                first_error.get_or_insert(match (error, other) {
+                    (Error::Kms(mut error), Some(other)) if !go_on => {
+                        error.message = format!(
+                            "{}; slot {} is not asked in its place unless you say so: --kms {}",
+                            error.message, other.slot.id, other.uri
+                        );
+                        Error::Kms(error)
+                    }
+                    (error, _) => error,
+                });
+                if !go_on {
                     break;
+                }
+                if no_answer && other.is_some() {
+                    tracing::warn!(
+                        slot = usable.slot.id,
+                        "the key service of this slot cannot be asked: trying another"
+                    );
                 }
             }
         }
     }
     Err(match first_error {
         Some(error) => with_journal(error, journal),
+        None if without.is_some() => Error::Usage(
+            "no other slot opens this volume from here, so that one stays: add another first (keys add-slot)".into(),
+        ),
         None => Error::Destroyed(match journal {
             Some(journal) => format!("the wrapped key is no longer in the volume file; {}", journal.sentence()),
             None => "the wrapped key is no longer in the volume file, as after an erase: restore the file from a backup if there was none".into(),
@@ -65,10 +99,26 @@ pub(in crate::service) fn unlock(
     })
 }
 
-fn open(grant: &Grant, usable: &Usable, sink: &Arc<Sink>, purpose: &'static str) -> Result<Unlocked, Error> {
-    let volume = grant.pin.volume_id;
+/// Whether a failure says nothing of the key. All else is a word about it, which is obeyed: whoever takes one key away means the
+/// volume, however many slots it has.
+fn may_fail_over(failure: Failure) -> bool {
+    match failure {
+        Failure::Unreachable | Failure::Unavailable | Failure::Untrusted | Failure::Protocol | Failure::Config => true,
+        Failure::Unauthenticated
+        | Failure::Denied
+        | Failure::Suspended
+        | Failure::Missing
+        | Failure::Destroyed
+        | Failure::Recreated
+        | Failure::BadData
+        | Failure::Unsuitable
+        | Failure::NotDestroyed => false,
+    }
+}
+
+fn open(grant: &Grant, usable: &Usable, sink: &Arc<Sink>, purpose: &'static str) -> Result<(Unlocked, Key32), Error> {
     let (scope, version) = (usable.scope, usable.version);
-    let binding = Binding { volume, scope, version, purpose: Purpose::Kek };
+    let binding = Binding { volume: grant.pin.volume_id, scope, version, purpose: Purpose::Kek };
     let (slot, uri) = (usable.slot.id, usable.uri.to_string());
     let source = kms::source(&usable.uri)?;
     let unwrapped = source.unwrap(&binding, &usable.slot.wrapped, &usable.slot.identity);
@@ -81,23 +131,41 @@ fn open(grant: &Grant, usable: &Usable, sink: &Arc<Sink>, purpose: &'static str)
         Err(error) => audit::fetch_failed(purpose, slot, uri, &usable.slot.identity, error),
     });
     let kek = unwrapped?;
-    if !keyring::same(&keyring::commitment(&volume, scope, version, &kek), &usable.commitment) {
+    let Proved { keys, body, repair } = prove(grant, usable.scope, usable.version, &usable.commitment, &kek)?;
+    let source = Some(source);
+    Ok((Unlocked { body, keys, used: usable.clone(), source, repair, audit: Arc::clone(sink) }, kek))
+}
+
+/// A KEK that is the volume's, and what it vouches for.
+pub(in crate::service) struct Proved {
+    /// Holds it.
+    pub(in crate::service) keys: Keyring,
+    /// Authentic.
+    pub(in crate::service) body: Body,
+    /// The copies on disk are not both this body.
+    pub(in crate::service) repair: bool,
+}
+
+/// Holds a KEK against its commitment and the copies of the volume file against the KEK.
+pub(in crate::service) fn prove(
+    grant: &Grant,
+    scope: u32,
+    version: u32,
+    commitment: &[u8; 32],
+    kek: &Key32,
+) -> Result<Proved, Error> {
+    let volume = grant.pin.volume_id;
+    if !keyring::same(&keyring::commitment(&volume, scope, version, kek), commitment) {
         return Err(MetaError::Unauthentic.into());
     }
     let keys = Keyring::new(volume).map_err(Error::io("no locked memory for keys: raise the limit (ulimit -l)"))?;
-    keys.admit(scope, version, &kek, true)?;
-    drop(kek);
+    keys.admit(scope, version, kek, true)?;
     let authentic: Vec<Option<&Body>> = grant.copies.iter().map(|(copy, _)| copy.authenticate(&keys).ok()).collect();
-    let Some(body) = authentic.iter().flatten().next() else { return Err(MetaError::Unauthentic.into()) };
+    let Some(body) = authentic.iter().flatten().max_by_key(|body| body.generation) else {
+        return Err(MetaError::Unauthentic.into());
+    };
     let both = authentic.len() == 2 && authentic.iter().all(|copy| *copy == Some(*body));
-    Ok(Unlocked {
-        body: (*body).clone(),
-        keys,
-        used: usable.clone(),
-        source: Some(source),
-        repair: !both,
-        audit: Arc::clone(sink),
-    })
+    Ok(Proved { body: (*body).clone(), keys, repair: !both })
 }
 
 /// Adds what the journal of an erase says to a failure that an erase would explain.
