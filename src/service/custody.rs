@@ -13,17 +13,14 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::time::{ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags};
 use serde::{Deserialize, Serialize};
 
-use super::mount::unlock::Unlocked;
 use super::now;
+use super::prover::Prover;
 use crate::audit::{Event, Peer, Renewals, Sink};
-use crate::crypto::ids::unhex;
-use crate::crypto::{Key32, VolumeId};
 use crate::fs::seal::{DRAIN, PURGE, SealReport};
 use crate::fs::session::MountHandle;
+use crate::keyring::SealReason;
 use crate::keyring::lease::{Action, Answer, Lease, Terms, Tick};
-use crate::keyring::{self, SealReason};
-use crate::kms::{Binding, Failure, KeySource, KmsError, Purpose, Standing};
-use crate::service::trust::Usable;
+use crate::kms::{Failure, KmsError, Standing};
 
 /// From one proof to the next, unless `--renew-interval` says otherwise.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(5);
@@ -45,49 +42,11 @@ pub fn tick() -> Tick {
     Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
-/// What a mount needs to prove its right again, and to fetch its KEK again: no secret.
-pub(super) struct Prover {
-    source: Box<dyn KeySource>,
-    volume: VolumeId,
-    used: Usable,
-}
-
-impl Prover {
-    /// For a volume that was just unlocked. Takes the key service's client with its session.
-    pub(super) fn new(unlocked: &mut Unlocked) -> Option<Self> {
-        let source = unlocked.source.take()?;
-        Some(Self { source, volume: unlocked.body.volume_id, used: unlocked.used.clone() })
-    }
-
-    fn binding(&self, purpose: Purpose) -> Binding {
-        Binding { volume: self.volume, scope: self.used.scope, version: self.used.version, purpose }
-    }
-
-    /// One request for a key that protects nothing.
-    fn prove(&self) -> Result<(), KmsError> {
-        let slot = &self.used.slot;
-        let canary = self.source.unwrap(&self.binding(Purpose::Canary), &slot.canary, &slot.identity)?;
-        let check = keyring::canary_check(&self.volume, self.used.scope, self.used.version, &canary);
-        match unhex(&slot.canary_check).is_some_and(|expected| keyring::same(&check, &expected)) {
-            true => Ok(()),
-            false => Err(KmsError::new(Failure::Untrusted, "the key service gave another key than it was given")),
-        }
-    }
-
-    fn fetch(&self) -> Result<Key32, KmsError> {
-        let slot = &self.used.slot;
-        let kek = self.source.unwrap(&self.binding(Purpose::Kek), &slot.wrapped, &slot.identity)?;
-        let commitment = keyring::commitment(&self.volume, self.used.scope, self.used.version, &kek);
-        match keyring::same(&commitment, &self.used.commitment) {
-            true => Ok(kek),
-            false => Err(KmsError::new(Failure::Untrusted, "the key service gave another key than it was given")),
-        }
-    }
-}
-
 /// What `status` says of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CustodyStatus {
+    /// The slot whose key service was asked last.
+    pub slot: u32,
     /// `active`, `grace`, `expired`, `revoked`, `held`, `destroyed`; `sealing` or `resuming` on the way.
     pub state: String,
     /// Since when, RFC 3339.
@@ -209,6 +168,20 @@ impl Custody {
     fn attempt(&self) {
         let asked = tick();
         let proved = self.prover.prove();
+        let good = proved.is_ok();
+        self.heard(asked, proved);
+        if good {
+            let asked = tick();
+            // Silence is no news here: another slot has just proved the right.
+            if let Err(no) = self.prover.recheck() {
+                self.heard(asked, Err(no));
+            }
+        }
+        self.inner().attempts += 1;
+        self.attempted.notify_all();
+    }
+
+    fn heard(&self, asked: Tick, proved: Result<(), KmsError>) {
         let answer = match &proved {
             Ok(()) => Answer::Proved,
             Err(error) => match error.failure.standing() {
@@ -221,7 +194,7 @@ impl Custody {
         if let Some(error) = &failure {
             tracing::warn!(class = ?error.failure, detail = error.detail.as_deref(), "the key service: {error}");
         }
-        let (slot, request_id) = (self.prover.used.slot.id, self.prover.source.last_request_id());
+        let (slot, request_id) = self.prover.last();
         {
             let mut inner = self.inner();
             inner.failure = failure.as_ref().map(|error| error.failure);
@@ -242,8 +215,6 @@ impl Custody {
             self.sealed(self.handle.seal(SealReason::Revoked), "lease");
         }
         self.tell(None);
-        self.inner().attempts += 1;
-        self.attempted.notify_all();
     }
 
     /// Moves the lease on and does what it says.
@@ -317,14 +288,13 @@ impl Custody {
 
     fn resume(&self) {
         match self.prover.fetch() {
-            Ok(kek) => {
-                let used = &self.prover.used;
+            Ok((scope, version, kek)) => {
                 // Who asks for a seal meanwhile has changed the lease already, or seals after this.
                 if self.serves() {
-                    self.handle.reopen(&[(used.scope, used.version, &kek)]);
+                    self.handle.reopen(&[(scope, version, &kek)]);
                     tracing::warn!("resumed");
-                    let (slot, request_id) = (Some(used.slot.id), self.prover.source.last_request_id());
-                    self.inner().untold.push(Event::Resume { why: "proved".into(), slot, request_id });
+                    let (slot, request_id) = self.prover.last();
+                    self.inner().untold.push(Event::Resume { why: "proved".into(), slot: Some(slot), request_id });
                 }
             }
             Err(error) => {
@@ -376,7 +346,7 @@ impl Custody {
 
     /// Records what is counted and not recorded yet.
     pub(super) fn end(&self) {
-        let rest = self.inner().renewals.rest(self.prover.used.slot.id);
+        let rest = self.inner().renewals.rest(self.prover.last().0);
         self.inner().untold.extend(rest);
         self.tell(None);
     }
@@ -387,6 +357,7 @@ impl Custody {
         let (lease, now) = (&inner.lease, tick());
         let terms = lease.terms();
         CustodyStatus {
+            slot: self.prover.last().0,
             state: match (inner.doing, lease.state().serves()) {
                 (0, _) => word(&lease.state()),
                 (_, true) => "resuming".into(),

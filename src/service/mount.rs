@@ -17,6 +17,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::control::{self, Client, Op, Status};
+use super::prover::Prover;
 use super::record::{self, Files, Record, path_text};
 use super::{Error, SCHEMA, backing, custody, fsck, journal, mountinfo, places, supervisor, trust, umount};
 use crate::crypto::VolumeId;
@@ -108,7 +109,7 @@ pub fn run(
     let grant = trust::grant(copies, request.trust, request.uri.as_ref())?;
     let asked = custody::tick();
     let mut unlocked = unlock::unlock(&grant, journal.as_ref(), "mount")?;
-    let prover = custody::Prover::new(&mut unlocked);
+    let prover = Prover::new(&grant, &mut unlocked);
     let unlock::Unlocked { keys, body, used, repair, audit, .. } = unlocked;
     warnings.extend(super::audit::complaint(&audit));
     if let Some(journal) = &journal {
@@ -164,10 +165,7 @@ pub fn run(
     let mounted = Mounted::start(volume, &mountpoint, &request.options, Some(link.list()), tell)
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
-    let keeping = match prover {
-        Some(prover) => custody::Custody::start(prover, request.terms, asked, handle.clone(), audit.clone()),
-        None => Err(io::Error::other("no key service")),
-    };
+    let keeping = custody::Custody::start(prover, request.terms, asked, handle.clone(), audit.clone());
     let kept = keeping.as_ref().ok().cloned();
     let started = keeping
         .and_then(|custody| serve_control(&files, &record, &report, handle.clone(), custody))

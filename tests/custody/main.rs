@@ -3,6 +3,7 @@
 
 mod outage;
 mod revoked;
+mod slots;
 mod supervisor;
 #[path = "../support/mod.rs"]
 mod support;
