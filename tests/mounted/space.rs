@@ -91,6 +91,54 @@ fn a_kill_brings_nothing_back_that_was_flushed_away() {
     v.cli(&["fsck", "backing"]).is(0);
 }
 
+/// The same on real filesystems whose power goes, with holes of every shape, acknowledged and not.
+#[test]
+fn a_power_cut_leaves_what_was_flushed_punched_and_the_rest_old_or_zeros() {
+    for kind in ["ext4", "xfs"] {
+        let v = TestVolume::new();
+        let disk = Disk::with(&v, kind, 320 * MIB, "");
+        v.init_with(&v.file_uri());
+        v.mount(&[]);
+        for round in 0..6_u64 {
+            let name = format!("file{round}");
+            fs::write(v.at(&name), bytes(1 << 20, 1)).unwrap();
+            v.remount(&[]);
+            let file = open(&v, &name);
+            // Overwritten before, in the log; the first hole over it.
+            file.write_all_at(&[7; 40_960], 90_000).unwrap();
+            file.sync_data().unwrap();
+            let (at, len) = (80_000 + round * 1111, 4096 << round);
+            fallocate(&file, if round % 2 == 0 { PUNCH } else { ZERO }, at, len).unwrap();
+            if round % 3 == 0 { file.sync_all() } else { file.sync_data() }.unwrap();
+            // Put in place by another's flush perhaps, by nobody's of its own.
+            fallocate(&file, PUNCH, 700_000, 100_000).unwrap();
+            let other = open(&v, "other");
+            other.write_all_at(b"x", 0).unwrap();
+            other.sync_data().unwrap();
+            drop((file, other));
+            disk.shut_down();
+            v.crash();
+            disk.power_on();
+            v.cli(&["fsck", "backing"]).is(0);
+            v.mount(&[]);
+            let read = fs::read(v.at(&name)).unwrap();
+            let mut expected = bytes(1 << 20, 1);
+            expected[90_000..130_960].fill(7);
+            expected[at as usize..(at + len) as usize].fill(0);
+            for (n, (block, old)) in read.chunks(4096).zip(expected.chunks(4096)).enumerate() {
+                let from = (700_000_usize.max(n * 4096) - n * 4096).min(4096);
+                let until = (800_000_usize.max(n * 4096) - n * 4096).min(4096);
+                let mut zeroed = old.to_vec();
+                zeroed[from.min(until)..until].fill(0);
+                assert!(block == old || block == zeroed, "{kind}, round {round}: block {n}");
+            }
+            assert_eq!(read.len(), 1 << 20);
+        }
+        v.umount();
+        verify(&v);
+    }
+}
+
 /// A hole is known by the header: a file that had some and has none any more takes no planted one.
 #[test]
 fn zeros_planted_in_a_file_whose_holes_are_filled_are_no_holes() {
