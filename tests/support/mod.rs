@@ -1,6 +1,8 @@
 //! What several test binaries share. Each uses a part of it.
 #![allow(dead_code)]
 
+#[cfg(feature = "kms-aws")]
+pub(crate) mod aws;
 pub(crate) mod disk;
 pub(crate) mod faulty;
 pub(crate) mod openbao;
