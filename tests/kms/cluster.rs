@@ -51,6 +51,8 @@ impl Drop for Cluster {
 
 fn configuration(dir: &Path, number: usize, ports: &[(u16, u16)]) -> String {
     let (port, cluster) = ports[number];
+    // As docs/KMS.md asks: otherwise standbys answer unwraps by themselves, and no election is ever noticed.
+    let standbys = "disable_standby_reads = true";
     let dir = dir.display();
     let join: String = (0..ports.len())
         .filter(|other| *other != number)
@@ -85,7 +87,8 @@ initialize "setup" {
     // Only the first makes the cluster: three that initialise themselves would be three clusters.
     let (join, initialize) = if number == 0 { (String::new(), initialize) } else { (join, "") };
     format!(
-        r#"storage "raft" {{
+        r#"{standbys}
+storage "raft" {{
   path                   = "{dir}/data{number}"
   node_id                = "n{number}"
   performance_multiplier = 1

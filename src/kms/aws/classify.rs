@@ -163,6 +163,9 @@ impl Refused {
             SdkError::TimeoutError(_) => {
                 fin(Failure::Unreachable, "AWS KMS did not answer in time: try again when it can".into())
             }
+            SdkError::DispatchFailure(failure) if failure.is_timeout() => {
+                fin(Failure::Unreachable, "AWS KMS did not answer in time: try again when it can".into())
+            }
             SdkError::DispatchFailure(_) => {
                 fin(Failure::Unreachable, "AWS KMS cannot be reached: try again when it can".into())
             }
