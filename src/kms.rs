@@ -4,6 +4,8 @@
 //! Every provider answers failures with one [`KmsError`] whose [`Failure`] class is all that callers decide by.
 //! How each server's replies map to classes is written down, provider by provider, in `docs/KMS.md`.
 
+#[cfg(feature = "kms-aws")]
+pub mod aws;
 #[cfg(feature = "kms-file")]
 pub mod file;
 mod identity;
@@ -362,6 +364,8 @@ pub fn source(uri: &KeyUri) -> Result<Box<dyn KeySource>, KmsError> {
         KeyUri::Transit(key) => Ok(Box::new(transit::Transit::from_env(key)?)),
         #[cfg(feature = "kms-pkcs11")]
         KeyUri::Pkcs11(key) => Ok(Box::new(pkcs11::Pkcs11::from_env(key)?)),
+        #[cfg(feature = "kms-aws")]
+        KeyUri::Aws(key) => Ok(Box::new(aws::Aws::from_env(key)?)),
         #[cfg(feature = "kms-file")]
         KeyUri::File(path) => Ok(Box::new(file::KeyFile::new(path))),
         #[allow(unreachable_patterns)]
@@ -379,6 +383,8 @@ pub fn admin(uri: &KeyUri) -> Result<Box<dyn KeyAdmin>, KmsError> {
         KeyUri::Transit(key) => Ok(Box::new(transit::Transit::from_env(key)?)),
         #[cfg(feature = "kms-pkcs11")]
         KeyUri::Pkcs11(key) => Ok(Box::new(pkcs11::Pkcs11::from_env(key)?)),
+        #[cfg(feature = "kms-aws")]
+        KeyUri::Aws(key) => Ok(Box::new(aws::Aws::from_env(key)?)),
         #[cfg(feature = "kms-file")]
         KeyUri::File(path) => Ok(Box::new(file::KeyFile::new(path))),
         #[allow(unreachable_patterns)]

@@ -61,7 +61,8 @@ pub enum Command {
 pub struct Init {
     /// Backing directory: empty, or not there yet
     pub backing: PathBuf,
-    /// Key that the volume lives and dies with: hashivault://KEY?engine=transit or file:///PATH
+    /// Key that the volume lives and dies with: hashivault://KEY?engine=transit, pkcs11:token=T;object=KEY,
+    /// awskms:///ARN or file:///PATH
     #[arg(long, value_name = "URI")]
     pub kms: Option<String>,
     /// Name for people, not encrypted

@@ -3,6 +3,8 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use lethefs::crypto::VolumeId;
+#[cfg(feature = "kms-aws")]
+use lethefs::kms::aws::Aws;
 use lethefs::kms::file::KeyFile;
 use lethefs::kms::pkcs11::Pkcs11;
 use lethefs::kms::transit::Transit;
@@ -320,6 +322,30 @@ fn pkcs11() {
             self_asserted: false,
         });
     }
+}
+
+#[cfg(feature = "kms-aws")]
+#[test]
+fn aws() {
+    let server = super::aws_server::Server::start();
+    let id = server.create_key(&json!({}));
+    server.owner("create_alias", &json!({ "AliasName": "alias/vol1", "TargetKeyId": id }));
+    let key = lethefs::kms::uri::AwsKey { key: super::aws_server::Server::arn(&id), region: None };
+    let host = Aws::new(&key, super::aws::config(&server, "host"));
+    let admin = Aws::new(&key, super::aws::config(&server, "admin"));
+    let wait = || server.expire();
+    run(&Provider {
+        name: "AWS KMS",
+        host: &host,
+        admin: &admin,
+        rotate: None,
+        suspends: true,
+        tells: false,
+        separates: true,
+        wait: Some(&wait),
+        gone: Failure::Destroyed,
+        self_asserted: false,
+    });
 }
 
 #[test]

@@ -1,9 +1,16 @@
 //! The key services against real servers: what every provider must do ([`conformance`]), and what each of the
-//! service's answers comes to ([`contract`] for Transit, [`pkcs11`] for tokens).
+//! service's answers comes to ([`contract`] for Transit, [`pkcs11`] for tokens, [`aws`]).
 //!
 //! A test that needs a server starts its own and runs many cases against it, each named in its assertions: a start
 //! takes seconds, and test runners use one process per test.
 
+#[cfg(feature = "kms-aws")]
+mod aws;
+#[cfg(feature = "kms-aws")]
+#[path = "../support/aws.rs"]
+#[allow(dead_code)]
+mod aws_server;
+mod cluster;
 mod conformance;
 mod contract;
 #[path = "../support/openbao.rs"]
@@ -49,6 +56,7 @@ pub(crate) fn config(address: &str, ca: &Path, credentials: Credentials) -> Conf
         namespace: String::new(),
         connect_timeout: Duration::from_secs(20),
         timeout: Duration::from_secs(30),
+        patience: Duration::from_secs(30),
     }
 }
 

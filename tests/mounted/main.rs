@@ -10,6 +10,7 @@ mod parallel;
 mod persistence;
 mod posix;
 mod programs;
+mod providers;
 mod reader;
 mod space;
 #[path = "../support/mod.rs"]

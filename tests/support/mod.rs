@@ -2,6 +2,8 @@
 #![allow(dead_code)]
 
 pub(crate) mod at_openbao;
+#[cfg(feature = "kms-aws")]
+pub(crate) mod aws;
 pub(crate) mod disk;
 pub(crate) mod faulty;
 pub(crate) mod fuse_for_all;

@@ -58,7 +58,7 @@ pub(crate) struct AppRole {
     pub(crate) secret_id: String,
 }
 
-fn bao() -> PathBuf {
+pub(crate) fn bao() -> PathBuf {
     let named = std::env::var_os("LETHEFS_TEST_BAO").map(PathBuf::from);
     let found = named.or_else(|| {
         std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join("bao")).find(|path| path.is_file())

@@ -3,6 +3,7 @@
 //! Knows tokens and paths, not keys. A [`Reply`] is handed up whatever its status, except that an unaccepted token has
 //! been renewed if that can help. One request to one address is [`super::http`]'s.
 
+use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -199,7 +200,8 @@ impl Client {
         }
     }
 
-    /// Asks the addresses in turn, beginning with the one that served last.
+    /// Asks the addresses in turn, beginning with the one that served last. While none of several leads, as in an election,
+    /// they are asked again, for as long as the configuration's patience.
     fn send(
         &self,
         method: &Method,
@@ -211,17 +213,50 @@ impl Client {
         if let Some(server) = server {
             return self.http.send_to(server, method, path, body, token);
         }
+        let deadline = Instant::now() + self.http.config.patience;
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let turn = self.round(method, path, body, token, deadline);
+            let electing = self.http.config.addresses.len() > 1
+                && turn.as_ref().is_ok_and(|reply| reply.try_elsewhere(path) && reply.may_pass_soon());
+            if !electing || Instant::now() + pause >= deadline {
+                return turn;
+            }
+            tracing::debug!("no address leads: asking again");
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    /// Asks each address once; a standby that names the active one is followed, if that is one of them.
+    fn round(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Option<&[u8]>,
+        token: Option<&Secret>,
+        deadline: Instant,
+    ) -> Result<Reply, KmsError> {
         let count = self.http.config.addresses.len();
         let first = self.preferred.load(Ordering::Relaxed);
-        let mut answered = None;
+        let mut left: VecDeque<usize> = (0..count).map(|step| (first + step) % count).collect();
+        let mut answered: Option<Reply> = None;
         let mut failed: Option<KmsError> = None;
-        for server in (0..count).map(|step| (first + step) % count) {
+        while let Some(server) = left.pop_front() {
             match self.http.send_to(server, method, path, body, token) {
                 Ok(reply) if !reply.try_elsewhere(path) => {
                     self.preferred.store(server, Ordering::Relaxed);
                     return Ok(reply);
                 }
-                Ok(reply) => answered = Some(reply),
+                Ok(reply) => {
+                    if let Some(at) = reply.active.and_then(|active| left.iter().position(|server| *server == active)) {
+                        left.swap(0, at);
+                    }
+                    // What may pass counts for more than what does not.
+                    if answered.as_ref().is_none_or(|old| !old.may_pass_soon()) {
+                        answered = Some(reply);
+                    }
+                }
                 Err(error) if matches!(error.failure, Failure::Unreachable | Failure::Untrusted) => {
                     tracing::debug!(address = %self.http.address(server), %error, "this address does not serve");
                     // What may pass by itself counts for more: the caller keeps trying.
@@ -230,6 +265,9 @@ impl Client {
                     }
                 }
                 Err(error) => return Err(error),
+            }
+            if count > 1 && Instant::now() >= deadline {
+                break;
             }
         }
         match (answered, failed) {

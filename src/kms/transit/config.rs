@@ -104,6 +104,8 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// Limit for one call to one address.
     pub timeout: Duration,
+    /// With several addresses: how long they are asked in turn while none leads, as in an election.
+    pub patience: Duration,
 }
 
 fn no_credentials() -> KmsError {
@@ -189,6 +191,7 @@ impl Config {
             namespace,
             connect_timeout: Duration::from_secs(3),
             timeout: Duration::from_secs(10),
+            patience: Duration::from_secs(15),
         })
     }
 

@@ -7,12 +7,13 @@
 use std::error::Error as StdError;
 use std::io::Read as _;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use reqwest::blocking::Client;
-use reqwest::header::{CONTENT_TYPE, HeaderValue};
+use reqwest::header::{CONTENT_TYPE, HeaderValue, LOCATION};
 use serde::Deserialize;
+use url::Url;
 use zeroize::Zeroizing;
 
 use super::classify::{Meaning, classify, line};
@@ -26,6 +27,8 @@ const MAX_REPLY: usize = 256 * 1024;
 pub(super) struct Reply {
     pub(super) status: u16,
     pub(super) server: usize,
+    /// Where a standby says that the active node is, if that is one of the configured addresses.
+    pub(super) active: Option<usize>,
     body: Zeroizing<Vec<u8>>,
 }
 
@@ -84,6 +87,11 @@ impl Reply {
         if meaning == Meaning::Done { error } else { error.with_detail(self.quote()) }
     }
 
+    /// Whether that may be an election, which passes. A sealed server stays sealed until somebody comes.
+    pub(super) fn may_pass_soon(&self) -> bool {
+        !matches!(classify(self).0, Meaning::Sealed)
+    }
+
     /// Whether another address may do better.
     pub(super) fn try_elsewhere(&self, path: &str) -> bool {
         matches!(self.status, 300..=399 | 412 | 472 | 473 | 500..=599) || (self.status == 429 && path == HEALTH)
@@ -125,7 +133,8 @@ impl Http {
     ) -> Result<Reply, KmsError> {
         let address = self.address(server);
         let began = Instant::now();
-        let mut request = self.client()?.request(method.clone(), format!("{address}/v1/{path}"));
+        let limit = self.limit();
+        let mut request = self.client()?.request(method.clone(), format!("{address}/v1/{path}")).timeout(limit);
         // Agents in front of the server ask for this against forged requests from browsers.
         request = request.header("X-Vault-Request", "true");
         if let Some(namespace) = self.config.namespace_header().filter(|_| path != HEALTH) {
@@ -142,6 +151,7 @@ impl Http {
         }
         let mut response = request.send().map_err(|error| self.transport(&address, error))?;
         let status = response.status().as_u16();
+        let active = response.headers().get(LOCATION).and_then(|to| self.configured(to.to_str().ok()?));
         let expected = response.content_length().and_then(|length| usize::try_from(length).ok()).unwrap_or(16 * 1024);
         let mut body = Zeroizing::new(Vec::with_capacity(expected.min(MAX_REPLY) + 1));
         let mut chunk = Zeroizing::new([0; 8192]);
@@ -164,7 +174,7 @@ impl Http {
                     format!("the answer of {address} is larger than {MAX_REPLY} bytes: is VAULT_ADDR right?"),
                 ));
             }
-            if began.elapsed() > self.config.timeout {
+            if began.elapsed() > limit {
                 return Err(KmsError::new(
                     Failure::Unreachable,
                     format!("the key service at {address} did not finish its answer in time: try again"),
@@ -173,7 +183,19 @@ impl Http {
             append(&mut body, &chunk[..read]);
         }
         tracing::debug!(%method, path, status, %address, "asked the key service");
-        Ok(Reply { status, server, body })
+        Ok(Reply { status, server, active, body })
+    }
+
+    /// How long one address may take. With several, one that hangs must leave time for the others.
+    fn limit(&self) -> Duration {
+        let Config { timeout, patience, addresses, .. } = &self.config;
+        if addresses.len() > 1 { (*timeout).min(*patience / 3) } else { *timeout }
+    }
+
+    /// The configured address to which a redirect leads. A token goes nowhere else, whatever a server says.
+    fn configured(&self, location: &str) -> Option<usize> {
+        let to = Url::parse(location).ok()?;
+        self.config.addresses.iter().position(|address| address.origin() == to.origin())
     }
 
     /// The HTTP client, made at the first call: making it reads the CA file and starts a thread.

@@ -77,4 +77,22 @@ fn odd_replies_are_refused() {
     let client = Transit::new(&key("vol1"), config(&stub.address, &stub.dir.path().join("ca.pem"), token("t")));
     let opened = client.unwrap(&BINDING, &Wrapped("vault:v1:AAAA".into()), &identity).expect("opens");
     opened.expose(|bytes| assert_eq!(bytes, &[b'A'; 32]));
+
+    // A standby's redirect is followed to a configured address, and nowhere else: the token must not go there.
+    let to = format!("307 Temporary Redirect\r\nLocation: {}/v1/transit/decrypt/vol1", stub.address);
+    let standby = Stub::start(body(&to, 0, ""));
+    let away = Stub::start(body("307 Temporary Redirect\r\nLocation: https://127.0.0.1:1/", 0, ""));
+    let pem = |stub: &Stub| std::fs::read_to_string(stub.dir.path().join("ca.pem")).expect("CA");
+    let roots = stub.dir.path().join("all.pem");
+    std::fs::write(&roots, pem(&stub) + &pem(&standby) + &pem(&away)).expect("written");
+    let client = |stubs: &[&Stub]| {
+        let mut settings = config(&stubs[0].address, &roots, token("t"));
+        settings.addresses = stubs.iter().map(|stub| stub.address.parse().expect("address")).collect();
+        settings.patience = std::time::Duration::from_millis(300);
+        Transit::new(&key("vol1"), settings)
+    };
+    let unwrap = |client: &Transit| client.unwrap(&BINDING, &Wrapped("vault:v1:AAAA".into()), &identity);
+    unwrap(&client(&[&standby, &away, &stub])).expect("followed");
+    assert_eq!(error("not configured", unwrap(&client(&[&standby]))).failure, Failure::Unavailable);
+    assert_eq!(error("nobody leads", unwrap(&client(&[&standby, &away]))).failure, Failure::Unavailable);
 }
