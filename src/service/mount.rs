@@ -332,8 +332,7 @@ fn refuse_second_copy(files: &Files) -> Result<(), Error> {
 fn remember(pin: &trust::Pin, warnings: &mut Vec<String>) -> Result<(), Error> {
     let on_disk = trust::find(pin.volume_id).ok().flatten();
     let first_sight = on_disk.is_none();
-    // Whoever changed slots meanwhile has written a newer one.
-    if on_disk.is_none_or(|found| found.pin != *pin && found.pin.generation <= pin.generation) {
+    if on_disk.is_none_or(|found| found.pin != *pin) {
         match pin.save() {
             Ok(path) => tracing::info!(pin = %path.display(), "pin written"),
             Err(error) if first_sight => return Err(error.into()),

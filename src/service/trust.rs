@@ -5,7 +5,10 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{SCHEMA, places};
@@ -14,6 +17,9 @@ use crate::crypto::ids::{hex, unhex};
 use crate::keyring;
 use crate::kms::{KeyIdentity, KeyUri};
 use crate::volume::meta::{Body, KekRecord, KeyState, Slot, VolumeFile};
+
+/// How long a pin waits for another process to have written its own.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Longest pin read, in bytes.
 const MAX_PIN: u64 = 1 << 20;
@@ -214,12 +220,28 @@ impl Pin {
         }
     }
 
+    /// Takes in slots of a pin of the same generation.
+    fn join(&mut self, other: &Self) {
+        for kek in &mut self.keks {
+            let same = |one: &&PinnedKek| {
+                (one.scope, one.version, &one.commitment) == (kek.scope, kek.version, &kek.commitment)
+            };
+            for slot in other.keks.iter().filter(same).flat_map(|kek| &kek.slots).collect::<Vec<_>>() {
+                if kek.slots.iter().all(|known| known.identity != slot.identity) {
+                    kek.slots.push(slot.clone());
+                }
+            }
+            kek.slots.sort_by_key(|slot| slot.id);
+        }
+    }
+
     /// Every slot, with its KEK's scope and version.
     pub fn slots(&self) -> impl Iterator<Item = (u32, u32, &PinnedSlot)> {
         self.keks.iter().flat_map(|kek| kek.slots.iter().map(|slot| (kek.scope, kek.version, slot)))
     }
 
-    /// Writes the pin durably, into the directory of this user.
+    /// Writes the pin durably, into the directory of this user. Never over one that has seen a newer volume file, and with what one
+    /// that has seen the same knows besides: a mount that begins and a change of slots both end with this.
     ///
     /// # Errors
     /// [`TrustError::NoPlace`].
@@ -228,13 +250,35 @@ impl Pin {
             let dir = places::trust_dir()?;
             places::make_dir(&dir)?;
             let path = dir.join(self.volume_id.to_string());
-            let mut text = serde_json::to_vec_pretty(self)?;
+            let _lock = lock(&dir)?;
+            let mut pin = self.clone();
+            match load(&dir, &path) {
+                Ok(there) if there.volume_id == pin.volume_id && there.generation > pin.generation => return Ok(path),
+                Ok(there) if there.volume_id == pin.volume_id && there.generation == pin.generation => pin.join(&there),
+                _ => {}
+            }
+            let mut text = serde_json::to_vec_pretty(&pin)?;
             text.push(b'\n');
             places::write_own(&path, &text, 0o644)?;
             Ok(path)
         };
         save().map_err(TrustError::NoPlace)
     }
+}
+
+/// Keeps two processes of this user from changing pins at once. A file of its own, which nobody else can open and so keep; and if
+/// somebody hangs with it, it is gone on without.
+fn lock(dir: &Path) -> io::Result<std::fs::File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = std::fs::File::from(rustix::fs::open(dir.join(".lock"), flags, Mode::RUSR | Mode::WUSR)?);
+    let until = Instant::now() + LOCK_PATIENCE;
+    while let Err(Errno::WOULDBLOCK) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        if Instant::now() >= until {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(file)
 }
 
 /// This host's pin of a volume.

@@ -333,15 +333,15 @@ impl WriteLock {
     pub fn take(backing: impl AsFd, patience: Duration) -> Result<Option<Self>, MetaError> {
         let until = Instant::now() + patience;
         loop {
-            // The copy that is replaced last: who waited for the old one then finds it replaced.
+            // The copy that is replaced last: who waited for the old one then finds it replaced. If it is missing, or something else
+            // stands in its place, the other.
             let (name, fd) = match storage::open_file(backing.as_fd(), VOLUME_FILE_COPY, false) {
                 Ok(fd) => (VOLUME_FILE_COPY, fd),
-                Err(Errno::NOENT) => match storage::open_file(backing.as_fd(), VOLUME_FILE, false) {
+                Err(_) => match storage::open_file(backing.as_fd(), VOLUME_FILE, false) {
                     Ok(fd) => (VOLUME_FILE, fd),
                     Err(Errno::NOENT) => return Err(MetaError::NotAVolume),
                     Err(errno) => return Err(errno.into()),
                 },
-                Err(errno) => return Err(errno.into()),
             };
             let file = std::fs::File::from(fd);
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {

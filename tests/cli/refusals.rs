@@ -246,8 +246,7 @@ fn a_volume_file_never_names_a_path() {
     world.refuses(&["mount", "vol", "mnt"], 16, "--trust --kms file:///");
     world.refuses(&["mount", "vol", "mnt", "--trust"], 16, "--trust --kms file:///");
     // A pin that others could have written is no pin.
-    world.volume("two", "key");
-    let pin = std::fs::read_dir(world.path("trust")).unwrap().next().unwrap().unwrap().path();
+    let pin = world.path("trust").join(world.volume("two", "key"));
     std::fs::set_permissions(&pin, std::fs::Permissions::from_mode(0o666)).unwrap();
     world.refuses(&["mount", "two", "mnt"], 16, "nobody else can write");
 }

@@ -57,3 +57,57 @@ fn damage_is_recorded_and_a_log_that_cannot_be_written_costs_no_mount() {
     let lost = all.iter().find(|record| record["event"] == "lost").unwrap();
     assert_eq!((&lost["data"]["count"], &all.last().unwrap()["event"]), (&2.into(), &"unmount".into()));
 }
+
+/// Fills a filesystem to its last byte, all but `left` of them.
+fn fill(dir: &std::path::Path, left: usize) -> std::path::PathBuf {
+    use std::io::Write as _;
+    let path = dir.join("filler");
+    let mut file = fs::File::create(&path).unwrap();
+    let block = [1; 512];
+    while file.write_all(&block).is_ok() {}
+    let length = file.metadata().unwrap().len();
+    file.set_len(length - left as u64).unwrap();
+    path
+}
+
+#[test]
+fn a_full_disk_stops_neither_a_mount_nor_an_erase_and_the_gap_is_recorded() {
+    let v = TestVolume::new();
+    rustix::mount::mount("tmpfs", v.path("state"), "tmpfs", rustix::mount::MountFlags::empty(), c"size=64k,mode=700")
+        .unwrap();
+    v.init_with(&v.file_uri());
+    assert_eq!(events(&v), ["init"]);
+    // What is left of the log's own page: a record goes in by halves before there is no space.
+    let filler = fill(&v.path("state"), 0);
+    let mut before = 0;
+    loop {
+        let run = v.try_mount(&[]);
+        run.is(0);
+        if run.err.contains("cannot be written") {
+            break;
+        }
+        v.umount();
+        let records = records(&v).len();
+        assert!(records > before && records < 100, "the disk does not fill");
+        before = records;
+    }
+    fs::write(v.at("file"), b"hello").unwrap();
+    fs::remove_file(&filler).unwrap();
+    v.umount();
+    let all = records(&v);
+    let lost: u64 = all.iter().filter_map(|record| record["data"]["count"].as_u64()).sum();
+    assert!(lost > 0 && all.iter().any(|record| record["event"] == "lost"), "{all:?}");
+    assert!(all.iter().any(|record| record["event"] == "recovered"), "a record was cut short: {all:?}");
+    assert_eq!(all.last().unwrap()["event"], "unmount");
+
+    fill(&v.path("state"), 0);
+    let log =
+        fs::OpenOptions::new().append(true).open(v.path("state/audit").join(format!("{}.jsonl", id(&v)))).unwrap();
+    while std::io::Write::write(&mut &log, &[0]).is_ok() {}
+    let name = {
+        let key: serde_json::Value = serde_json::from_slice(&fs::read(v.path("keys/key")).unwrap()).unwrap();
+        key["key_id"].as_str().unwrap().to_owned()
+    };
+    v.cli(&["erase", "backing", "--confirm-volume", &id(&v), "--confirm-key", &name]).is(0).says("audit log");
+    assert!(!v.path("keys/key").exists());
+}

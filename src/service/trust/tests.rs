@@ -139,3 +139,27 @@ fn a_slot_of_an_unknown_service_is_kept_and_never_used() {
     }
     assert!(serde_json::from_value::<KeyIdentity>(serde_json::json!({ "key": "k" })).is_err());
 }
+
+#[test]
+fn pins_of_the_same_file_are_joined() {
+    let slot = |id: u32| PinnedSlot {
+        id,
+        uri: format!("file:///k{id}").parse().unwrap(),
+        identity: KeyIdentity::File { key_id: VolumeId([id as u8; 16]), created: String::new() },
+    };
+    let pin = |slots: Vec<PinnedSlot>| Pin {
+        schema: SCHEMA,
+        volume_id: VolumeId([1; 16]),
+        label: String::new(),
+        generation: 2,
+        lowest_version: 1,
+        keks: vec![PinnedKek { scope: 0, version: 1, commitment: "c".into(), slots }],
+    };
+    let mut one = pin(vec![slot(3), slot(1)]);
+    one.join(&pin(vec![slot(1), slot(2)]));
+    assert_eq!(one, pin(vec![slot(1), slot(2), slot(3)]));
+    let mut foreign = pin(vec![slot(4)]);
+    foreign.keks[0].commitment = "d".into();
+    one.join(&foreign);
+    assert_eq!(one, pin(vec![slot(1), slot(2), slot(3)]), "of another KEK");
+}
