@@ -2,7 +2,6 @@
 //! key is switched off, erased with proof.
 
 use std::fs;
-use std::path::Path;
 
 use serde_json::{Value, json};
 
