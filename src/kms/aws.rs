@@ -25,6 +25,7 @@ use self::key::KeyInfo;
 use super::uri::AwsKey;
 use super::{
     Binding, Failure, KeyDescription, KeyIdentity, KeySource, KmsError, MadeKey, Permissions, Purpose, Wrapped,
+    WrappedKey,
 };
 use crate::crypto::Key32;
 
@@ -174,6 +175,36 @@ impl KeySource for Aws {
         }
         let wrapped = Wrapped(format!("{PREFIX}{}", STANDARD.encode(blob)));
         Ok(MadeKey { key, wrapped, identity: info.identity() })
+    }
+
+    /// `Encrypt`, which a mount host has no right to.
+    fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
+        let info = self.info(&self.key.key).map_err(|refused| refused.error)?;
+        info.check_suitable()?;
+        for warning in info.warnings() {
+            tracing::warn!(key = %info.arn, "{warning}");
+        }
+        let context = context(binding).map(|(name, value)| (name.to_owned(), value));
+        let reply =
+            self.client
+                .call(async |client| {
+                    // The client's own copy; freed memory is wiped by the allocator.
+                    let plaintext = key.expose(|bytes| Blob::new(bytes.as_slice()));
+                    let request = client.encrypt().key_id(&info.arn).plaintext(plaintext);
+                    request.set_encryption_context(Some(context.clone().into())).send().await
+                })
+                .map_err(|refused| {
+                    if refused.meaning == Meaning::State { self.state(refused, &info.arn) } else { refused.error }
+                })?;
+        let odd = |what: &str| KmsError::new(Failure::Protocol, format!("AWS KMS wrapped a key {what}"));
+        if reply.key_id.as_deref() != Some(&info.arn) {
+            return Err(odd("under another key than was asked"));
+        }
+        let blob = reply.ciphertext_blob.map(Blob::into_inner).unwrap_or_default();
+        if !(1..=MAX_BLOB).contains(&blob.len()) {
+            return Err(odd("and gave nothing back"));
+        }
+        Ok(WrappedKey { wrapped: Wrapped(format!("{PREFIX}{}", STANDARD.encode(blob))), identity: info.identity() })
     }
 
     fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, identity: &KeyIdentity) -> Result<Key32, KmsError> {

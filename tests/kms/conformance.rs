@@ -333,11 +333,13 @@ fn aws() {
     let key = lethefs::kms::uri::AwsKey { key: super::aws_server::Server::arn(&id), region: None };
     let host = Aws::new(&key, super::aws::config(&server, "host"));
     let admin = Aws::new(&key, super::aws::config(&server, "admin"));
+    let wrapper = Aws::new(&key, super::aws::config(&server, "wrapper"));
     let wait = || server.expire();
     run(&Provider {
         name: "AWS KMS",
         host: &host,
         admin: &admin,
+        wrapper: &wrapper,
         rotate: None,
         suspends: true,
         tells: false,

@@ -75,6 +75,7 @@ impl Server {
         for (role, actions) in [
             ("host", documented_actions("### The mount host's rights")),
             ("admin", documented_actions("### The administrator's rights")),
+            ("wrapper", documented_actions("### The rights of whoever adds a slot")),
             ("owner", owner.map(|action| format!("kms:{action}")).to_vec()),
         ] {
             roles.insert(format!("AKID{role}"), json!({ "secret": format!("secret-of-{role}"), "actions": actions }));
