@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Whatever library held a key or plaintext, it does not stay in freed memory.
+#[global_allocator]
+static ALLOCATOR: lethefs::sys::wiping::Wiping = lethefs::sys::wiping::Wiping;
+
 fn main() -> ExitCode {
     lethefs::cli::main()
 }

@@ -4,3 +4,4 @@ pub mod extents;
 pub mod process;
 pub mod secret_map;
 pub mod shared_list;
+pub mod wiping;

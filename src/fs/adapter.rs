@@ -14,16 +14,23 @@ use fuser::{
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use zeroize::Zeroize as _;
+
 use super::attributes::{Attributes, Changes, SetTime, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
 use super::gate::{Phase, Way};
+use crate::sys::wiping;
 use crate::volume::storage;
 
 /// Nobody else changes the volume while it is mounted (its lock sees to that), so what the kernel knows stays true.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Largest write and read: what the kernel allows at most (`fs.fuse.max_pages_limit`, 256 pages).
 const MAX_REQUEST: u32 = 1 << 20;
+
+/// struct fuse_in_header, and struct fuse_write_in before a write's data (include/uapi/linux/fuse.h).
+const IN_HEADER: usize = 40;
+const WRITE_IN: usize = 40;
 
 thread_local! {
     /// Plaintext of one read reply.
@@ -218,6 +225,7 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        wiping::saw_request(name.as_bytes(), IN_HEADER);
         match self.enter().and_then(|()| self.fs.lookup(parent.0, name.as_bytes())) {
             Ok(None) => {
                 self.answer(reply, Ok(()), |reply, ()| reply.entry(&FOREVER, &nothing(), Generation(0)));
@@ -377,6 +385,7 @@ impl fuser::Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        wiping::saw_request(data, IN_HEADER + WRITE_IN);
         // The guard goes first and the answer second: whoever waits for writes waits for what they do, not for who asked.
         let written = self.enter_writing().and_then(|_in_flight| self.fs.write(ino.0, offset, data, kill));
         match written {
@@ -461,6 +470,11 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.fs.scrub.arrive(|| {
+            PLAIN.with_borrow_mut(|plain| plain.zeroize());
+            wiping::behind_request(IN_HEADER);
+            wiping::unused_stack();
+        });
         match self.fs.statfs() {
             Ok(fs) => reply.statfs(
                 fs.f_blocks,

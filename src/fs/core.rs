@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::errno::Failed;
 use super::gate::Gate;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
+use super::scrub::Scrub;
 use crate::keyring::Dek;
 use crate::sys::shared_list::SharedList;
 use crate::volume::dir::DirKeys;
@@ -64,6 +65,8 @@ pub struct Filesystem {
     pub counters: Counters,
     /// Who may pass.
     pub gate: Gate,
+    /// Workers overwrite what passed through them.
+    pub scrub: Scrub,
     /// Who we are: files made by others are handed over to them.
     pub owner: Caller,
     pub(super) started: Instant,
@@ -99,6 +102,7 @@ impl Filesystem {
             acl,
             counters: Counters::default(),
             gate: Gate::new(),
+            scrub: Scrub::default(),
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),
             grumbles: Limiter::default(),

@@ -18,6 +18,7 @@ use super::notify;
 use super::session::MountHandle;
 use crate::crypto::Key32;
 use crate::keyring::SealReason;
+use crate::sys::wiping;
 
 /// How long an orderly seal gives the backing filesystem to take what is dirty. Part of the declared bound.
 pub const DRAIN: Duration = Duration::from_secs(30);
@@ -38,6 +39,8 @@ pub struct SealReport {
     pub purged_inodes: usize,
     /// Inodes for which the kernel had not yet done so when the time was up.
     pub left_inodes: usize,
+    /// Workers that were busy, so that plaintext of their last requests stays in the daemon's memory.
+    pub unscrubbed_workers: usize,
     /// In order only: everything dirty was taken and flushed in time.
     pub drained: bool,
     /// In order only: files that could not be flushed and sealed. What was fsynced of them is safe.
@@ -75,6 +78,7 @@ impl MountHandle {
             reason,
             purged_inodes,
             left_inodes,
+            unscrubbed_workers: self.scrub(),
             drained: false,
             unflushed_files: 0,
             dropped_bytes: self.fs.gate.dropped() - dropped,
@@ -118,6 +122,7 @@ impl MountHandle {
             reason,
             purged_inodes,
             left_inodes,
+            unscrubbed_workers: self.scrub(),
             drained: matches!(drained, Ok(0)),
             unflushed_files: drained.unwrap_or_else(|_| self.fs.unsealed()),
             dropped_bytes: self.fs.gate.dropped() - dropped,
@@ -163,6 +168,16 @@ impl MountHandle {
             self.fs.volume.keys().reopen(keks);
             self.fs.gate.set(Phase::Open);
         }
+    }
+
+    /// Has every worker overwrite what passed through it. How many did not.
+    fn scrub(&self) -> usize {
+        let workers = self.workers;
+        let unscrubbed = self.fs.scrub.run(workers, || {
+            let _ = rustix::fs::statvfs(self.mountpoint.as_path());
+        });
+        wiping::unused_stack();
+        unscrubbed
     }
 
     /// Has the kernel drop what it caches of every inode. How many it was told of, and how many of them it had not finished

@@ -110,7 +110,8 @@ pub struct MountHandle {
     pub(super) fs: Arc<Filesystem>,
     pub(super) device: Arc<OwnedFd>,
     pub(super) sealing: Arc<Mutex<Option<SealReport>>>,
-    mountpoint: Arc<PathBuf>,
+    pub(super) mountpoint: Arc<PathBuf>,
+    pub(super) workers: usize,
 }
 
 impl Mounted {
@@ -137,17 +138,19 @@ impl Mounted {
             let _ = fs.end_log();
         })?;
         let device = Arc::new(fuse.try_clone()?);
+        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        let workers = options.threads.unwrap_or(processors.max(4));
         let mountpoint_of = Arc::new(mountpoint.to_owned());
-        let handle = MountHandle { fs: fs.clone(), device, sealing: Arc::default(), mountpoint: mountpoint_of };
-        made(fuse.as_fd()).and_then(|()| Self::serve(fs, fuse, &handle, options)).inspect_err(|_| {
+        let handle =
+            MountHandle { fs: fs.clone(), device, sealing: Arc::default(), mountpoint: mountpoint_of, workers };
+        made(fuse.as_fd()).and_then(|()| Self::serve(fs, fuse, &handle)).inspect_err(|_| {
             let _ = unmount_path(mountpoint, true);
         })
     }
 
-    fn serve(fs: Arc<Filesystem>, fuse: OwnedFd, handle: &MountHandle, options: &MountOptions) -> io::Result<Self> {
+    fn serve(fs: Arc<Filesystem>, fuse: OwnedFd, handle: &MountHandle) -> io::Result<Self> {
         let mut config = fuser::Config::default();
-        let processors = std::thread::available_parallelism().map_or(2, usize::from);
-        config.n_threads = Some(options.threads.unwrap_or(processors.max(4)));
+        config.n_threads = Some(handle.workers);
         // The kernel keeps others out (allow_other); fuser need not ask again.
         let session = fuser::Session::from_fd(Adapter::new(fs.clone()), fuse, fuser::SessionACL::All, config)?;
         let session = std::thread::Builder::new().name("lethefs-session".into()).spawn(move || session.run())?;
