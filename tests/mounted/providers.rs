@@ -2,7 +2,6 @@
 //! key is switched off, erased with proof.
 
 use std::fs;
-use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -176,7 +175,7 @@ fn aws() {
     let server = aws::Server::start();
     let key = server.create_key(&json!({}));
     let v = TestVolume::new();
-    let log_in = |v: &TestVolume, profile: &Path| {
+    let log_in = |v: &TestVolume, profile: &std::path::Path| {
         v.env("AWS_CONFIG_FILE", profile);
         v.env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null");
     };
