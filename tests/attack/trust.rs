@@ -76,6 +76,10 @@ fn keys_servers_modules_and_paths_of_an_attacker_are_not_used() {
     };
     type Forgery = Box<dyn Fn(&mut Value)>;
     let module_path = module.display().to_string();
+    let token_key = json!({
+        "provider": "pkcs11", "token_serial": "1", "token_manufacturer": "m", "token_model": module_path,
+        "token_label": "t", "token_firmware": "1.0", "key_id": "01", "key_label": "k", "check_value": "", "unique_id": "",
+    });
     let forgeries: Vec<(Forgery, i32, &str)> = vec![
         (Box::new(identity(transit("transit", "theirs"))), 16, "theirs"),
         (Box::new(identity(transit("../sys", "../../evil"))), 16, "names another key"),
@@ -85,11 +89,9 @@ fn keys_servers_modules_and_paths_of_an_attacker_are_not_used() {
             16,
             "names another key",
         ),
-        (
-            Box::new(identity(json!({ "provider": "pkcs11", "module": module_path, "label": "k" }))),
-            16,
-            "not known here",
-        ),
+        (Box::new(identity(json!({ "provider": "kmip", "module": module_path, "label": "k" }))), 16, "not known here"),
+        (Box::new(identity(json!({ "provider": "pkcs11", "module": module_path, "label": "k" }))), 10, "damaged"),
+        (Box::new(identity(token_key.clone())), 16, "names another key"),
         (Box::new(identity(json!({ "provider": "file", "path": theirs.display().to_string() }))), 10, "damaged"),
         (Box::new(field("uri", uri.clone())), 10, "damaged"),
         (Box::new(field("identity.address", ear.address.clone())), 10, "damaged"),
