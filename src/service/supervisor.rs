@@ -218,7 +218,7 @@ impl Supervisor {
         let code = status.and_then(|status| status.exit_status());
         if let Some((told, fuse)) = mount.filter(|_| code != Some(0)) {
             let pid = self.daemon.as_raw_nonzero().get();
-            clear_up(&told, &fuse, &self.list, pid);
+            clear_up(&told, &fuse, &self.list, pid, code.is_none());
         }
         if let Some(signal) = status.and_then(|status| status.terminating_signal()) {
             // As the daemon, so its supervisor: whoever waits for us learns how it ended.
@@ -229,13 +229,14 @@ impl Supervisor {
 }
 
 /// The daemon is gone: nothing plaintext stays in the kernel, and nothing in the way of the next mount.
-fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32) {
+fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool) {
     let ours = || {
         let mounts = mountinfo::read().unwrap_or_default();
         mountinfo::at(&mounts, &told.mountpoint).is_some_and(|mount| mount.is_lethefs() && mount.device == told.device)
     };
     // First of all nobody may wait for the dead: dropping a dirty page would.
-    let aborted = if ours() { abort(told) } else { Err(io::Error::other("its mount is not there any more")) };
+    let was_there = ours();
+    let aborted = if was_there { abort(told) } else { Err(io::Error::other("its mount is not there any more")) };
     if let Err(error) = &aborted {
         // No right to, or no control files: requests are refused one by one instead.
         tracing::info!(%error, "the connection is not aborted");
@@ -262,12 +263,13 @@ fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32) {
         tracing::error!(%error, "cannot unmount what the daemon left");
     }
     Files { record: told.record.clone(), socket: told.socket.clone(), log: PathBuf::new() }.remove(pid);
-    tracing::error!(
-        pid,
-        known,
-        purged,
-        "the daemon is gone: its plaintext was dropped from the kernel's caches, and it is unmounted"
-    );
+    let done = "the daemon is gone: its plaintext was dropped from the kernel's caches, and it is unmounted";
+    // One that ended by itself and unmounted has said why.
+    if died || was_there {
+        tracing::error!(pid, known, purged, "{done}");
+    } else {
+        tracing::info!(pid, known, purged, "{done}");
+    }
 }
 
 /// Ends the connection: every request, waiting or to come, fails.

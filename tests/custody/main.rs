@@ -1,6 +1,7 @@
 //! A live mount and its key service: renewal, revocation, outages, resuming. Needs root, `/dev/fuse`, `fuse3` and OpenBao.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod bound;
 mod memory;
 mod outage;
 mod revoked;

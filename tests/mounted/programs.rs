@@ -48,7 +48,8 @@ impl Remote {
     }
 
     fn mount(&mut self) {
-        self.v.mount(&[]);
+        // No renewal while it is looked at.
+        self.v.mount(&["--renew-interval=1h"]);
         self.mounts += 1;
         assert_eq!(self.unwrapped(), self.mounts, "one unwrap for each mount");
     }

@@ -39,10 +39,15 @@ fn a_key_is_suspended_mounts_are_sealed_and_it_comes_back() {
     v.mount(&[]);
     assert_eq!(fs::read(v.at("file")).unwrap(), b"hello");
     v.umount();
+    // What a live mount's renewals say in between is another matter (tests/custody).
+    let live = ["lease", "seal", "renew", "deny", "resume"];
     let wanted =
         ["init", "fetch", "mount", "suspend", "suspend", "unmount", "fetch-failed", "restore", "restore", "restore"];
-    assert_eq!(events(&v)[..wanted.len()], wanted);
-    let all = records(&v);
+    let told: Vec<_> = events(&v).into_iter().filter(|event| !live.contains(&event.as_str())).collect();
+    assert_eq!(told[..wanted.len()], wanted);
+    assert!(events(&v).iter().any(|event| event == "seal"));
+    let all: Vec<_> =
+        records(&v).into_iter().filter(|record| !live.iter().any(|event| record["event"] == *event)).collect();
     assert_eq!((&all[3]["data"]["outcome"], &all[4]["data"]["outcome"]), (&"failed".into(), &"suspended".into()));
     assert!(server.audit_text().contains(all[4]["data"]["request_id"].as_str().unwrap()));
 
@@ -63,8 +68,9 @@ fn a_live_mount_is_asked_to_go_on() {
     run_as(&v, &admin, &["revoke", "backing", "--yes"]).is(0);
     let run = run_as(&v, &admin, &["restore", "mnt", "--json"]);
     run.is(0);
-    // Whatever this mount can do: it is asked, and what it said is told.
-    let said = run.json()["mounts"][0]["said"].as_str().unwrap().to_owned();
-    assert!(said.contains("asked to go on") || said.contains("unmount it and mount it again"), "{said}");
+    let said = run.json()["mounts"][0].clone();
+    assert!(said["said"].as_str().unwrap().contains("asked to go on"), "{said}");
+    assert_eq!(said["answer"]["state"], "active", "{said}");
+    assert_eq!(fs::read_dir(v.mnt()).unwrap().count(), 0);
     v.umount();
 }

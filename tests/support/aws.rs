@@ -62,7 +62,7 @@ impl Server {
             assert!(ended.is_none(), "{}", fs::read_to_string(server.path("server.log")).unwrap_or_default());
             fs::read_to_string(server.path("port")).ok()?.parse().ok()
         });
-        for role in ["host", "admin", "owner"] {
+        for role in ["host", "admin", "wrapper", "owner"] {
             server.profile(role, &server.address());
         }
         server
