@@ -96,6 +96,15 @@ fn furnish(v: &TestVolume) {
     assert!(v.command("sqlite3").arg(v.at("db")).arg(sql).status().unwrap().success());
 }
 
+/// Random reads and writes by fio all the while, where `LETHEFS_REVOKE_FIO` asks for it (scripts/test-long).
+fn load(v: &TestVolume) -> Option<Child> {
+    std::env::var_os("LETHEFS_REVOKE_FIO")?;
+    let mut fio = v.command("fio");
+    fio.args(["--name=load", "--rw=randrw", "--bs=4k", "--size=32m", "--numjobs=2", "--time_based", "--runtime=600"]);
+    fio.arg(format!("--directory={}", v.mnt().display())).stdout(Stdio::null()).stderr(Stdio::null());
+    Some(fio.spawn().expect("fio runs: scripts/test-long installs it"))
+}
+
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
 }
@@ -137,11 +146,15 @@ fn from_a_refusal_to_the_last_read() {
         // With the default interval in the long run.
         v.mount(if rounds > 1 { &[] } else { &[OFTEN] });
         furnish(&v);
+        let fio = load(&v);
         let observers = observe(&v);
         let bound = custody(&v)["bound_connected_s"].as_f64().unwrap();
         server.delete_key("vol");
         let deleted = now();
         let ends = last_successes(observers);
+        if let Some(mut fio) = fio {
+            assert!(!fio.wait().unwrap().success(), "fio went on");
+        }
         let refused = refused_at(&server, deleted - 5.0);
         let last = ends.iter().map(|(_, at)| *at).fold(0.0, f64::max);
         for (name, at) in ends {

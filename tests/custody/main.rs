@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod bound;
+mod cluster;
 mod memory;
 mod outage;
 mod revoked;

@@ -21,6 +21,9 @@ mod pkcs11;
 #[allow(dead_code)]
 mod softhsm;
 mod stub;
+#[path = "../support/cluster.rs"]
+#[allow(dead_code)]
+mod support_cluster;
 
 use std::path::Path;
 use std::time::Duration;

@@ -4,6 +4,7 @@
 pub(crate) mod at_openbao;
 #[cfg(feature = "kms-aws")]
 pub(crate) mod aws;
+pub(crate) mod cluster;
 pub(crate) mod disk;
 pub(crate) mod faulty;
 pub(crate) mod fuse_for_all;
