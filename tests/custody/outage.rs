@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::support::at_openbao::volume;
+use crate::support::at_openbao::{at, volume};
+use crate::support::disk::Disk;
 use crate::support::openbao::{Server, Storage, wait_for};
 use crate::support::volume::TestVolume;
 use crate::{EKEYEXPIRED, OFTEN, custody, errno, list, peek, wait_for_state};
@@ -127,6 +128,36 @@ fn shorter_than_the_grace_nobody_notices() {
     });
     all_there(&v, 0, written);
     v.umount();
+}
+
+#[test]
+fn what_a_failing_disk_does_not_take_is_reported() {
+    let mut server = Server::start(Storage::Raft);
+    let v = TestVolume::new();
+    let disk = Disk::new(&v, "ext4");
+    at(&v, &server, "vol");
+    v.mount(&[OFTEN, "--grace=1s"]);
+    fs::write(v.at("safe"), vec![3; 100_000]).unwrap();
+    File::open(v.at("safe")).unwrap().sync_all().unwrap();
+    let dirty = File::create(v.at("dirty")).unwrap();
+    server.kill();
+    wait_for_state(&v, "grace");
+    disk.shut_down();
+    dirty.write_all_at(&vec![4; 1 << 20], 0).unwrap();
+    wait_for_state(&v, "expired");
+    let seal = custody(&v)["last_seal"].clone();
+    assert_eq!(seal["drained"], false, "{seal}");
+    assert!(seal["unflushed_files"].as_u64().unwrap() > 0, "{seal}");
+    assert_eq!(seal["left_inodes"], 0, "{seal}");
+    assert!(dirty.sync_all().is_err(), "the program is told");
+    drop(dirty);
+    v.crash();
+    disk.power_on();
+    server.restart();
+    v.mount(&[]);
+    assert!(fs::read(v.at("safe")).unwrap() == vec![3; 100_000]);
+    v.umount();
+    v.cli(&["fsck", "backing"]).is(0);
 }
 
 #[test]
