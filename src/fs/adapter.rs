@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, RwLockReadGuard};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -19,7 +19,7 @@ use zeroize::Zeroize as _;
 use super::attributes::{Attributes, Changes, SetTime, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
-use super::gate::{Phase, Way};
+use super::gate::{InFlight, Phase, Way};
 use crate::sys::wiping;
 use crate::volume::storage;
 
@@ -31,6 +31,12 @@ const MAX_REQUEST: u32 = 1 << 20;
 /// struct fuse_in_header, and struct fuse_write_in before a write's data (include/uapi/linux/fuse.h).
 const IN_HEADER: usize = 40;
 const WRITE_IN: usize = 40;
+
+/// Notes how far a request reached that has these parts, the first of them this far behind the header: the size of the struct
+/// that the operation has there (fuse_mknod_in, …).
+fn saw(offset: usize, parts: &[&[u8]]) {
+    parts.iter().for_each(|part| wiping::saw_request(part, parts[0], IN_HEADER + offset));
+}
 
 thread_local! {
     /// Plaintext of one read reply.
@@ -57,7 +63,7 @@ impl Adapter {
     }
 
     /// The same for what brings data out of the kernel.
-    fn enter_writing(&self) -> Outcome<RwLockReadGuard<'_, ()>> {
+    fn enter_writing(&self) -> Outcome<InFlight<'_>> {
         self.fs.counters.requests.fetch_add(1, Ordering::Relaxed);
         Ok(self.fs.gate.write()?)
     }
@@ -225,7 +231,7 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        wiping::saw_request(name.as_bytes(), IN_HEADER);
+        saw(0, &[name.as_bytes()]);
         match self.enter().and_then(|()| self.fs.lookup(parent.0, name.as_bytes())) {
             Ok(None) => {
                 self.answer(reply, Ok(()), |reply, ()| reply.entry(&FOREVER, &nothing(), Generation(0)));
@@ -286,24 +292,29 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn mknod(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
+        saw(16, &[name.as_bytes()]);
         let made = self.enter().and_then(|()| self.fs.mknod(caller(req), parent.0, name.as_bytes(), mode, umask, rdev));
         self.answer_entry(reply, made);
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        saw(8, &[name.as_bytes()]);
         let made = self.enter().and_then(|()| self.fs.mkdir(caller(req), parent.0, name.as_bytes(), mode, umask));
         self.answer_entry(reply, made);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        saw(0, &[name.as_bytes()]);
         self.answer_empty(reply, self.enter().and_then(|()| self.fs.unlink(parent.0, name.as_bytes())));
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        saw(0, &[name.as_bytes()]);
         self.answer_empty(reply, self.enter().and_then(|()| self.fs.rmdir(parent.0, name.as_bytes())));
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        saw(0, &[name.as_bytes(), target.as_os_str().as_bytes()]);
         let target = target.as_os_str().as_bytes();
         let made = self.enter().and_then(|()| self.fs.symlink(caller(req), parent.0, name.as_bytes(), target));
         self.answer_entry(reply, made);
@@ -319,6 +330,8 @@ impl fuser::Filesystem for Adapter {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        // RENAME, or RENAME2 where there are flags.
+        saw(if flags.is_empty() { 8 } else { 16 }, &[name.as_bytes(), newname.as_bytes()]);
         let flags = storage::RenameFlags::from_bits_retain(flags.bits());
         let renamed = self
             .enter()
@@ -327,6 +340,7 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        saw(8, &[newname.as_bytes()]);
         self.answer_entry(reply, self.enter().and_then(|()| self.fs.link(ino.0, newparent.0, newname.as_bytes())));
     }
 
@@ -385,13 +399,14 @@ impl fuser::Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        wiping::saw_request(data, IN_HEADER + WRITE_IN);
+        saw(WRITE_IN, &[data]);
         // The guard goes first and the answer second: whoever waits for writes waits for what they do, not for who asked.
         let written = self.enter_writing().and_then(|_in_flight| self.fs.write(ino.0, offset, data, kill));
         match written {
             Ok(()) => reply.written(data.len() as u32),
             Err(failed) => {
-                if matches!(self.fs.gate.phase(), Phase::Closed(_)) {
+                // Whoever wrote it was told long ago that all is well, and finds nobody to ask.
+                if self.fs.gate.phase() != Phase::Open {
                     self.fs.dropped(ino.0, data.len() as u64);
                 }
                 reply.error(errno(failed));
@@ -446,6 +461,8 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn readdirplus(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        // The kernel's references, which it does not have if it is not told.
+        let mut told = Vec::new();
         let read = self.enter().and_then(|()| {
             self.fs.readdir(ino.0, offset, true, |entry| {
                 let name = OsStr::from_bytes(&entry.name);
@@ -460,13 +477,17 @@ impl fuser::Filesystem for Adapter {
                 };
                 let generation = Generation(entry.found.as_ref().map_or(0, |found| found.generation));
                 let full = reply.add(attributes.ino, entry.next, name, &FOREVER, &attributes, generation);
-                if let (true, Some(found)) = (full, &entry.found) {
-                    self.fs.forget(found.ino, 1);
+                match &entry.found {
+                    Some(found) if full => self.fs.forget(found.ino, 1),
+                    Some(found) => told.push(found.ino),
+                    None => {}
                 }
                 !full
             })
         });
-        self.answer(reply, read, |reply, ()| reply.ok());
+        if !self.answer(reply, read, |reply, ()| reply.ok()) {
+            told.into_iter().for_each(|ino| self.fs.forget(ino, 1));
+        }
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
@@ -500,10 +521,12 @@ impl fuser::Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        saw(8, &[name.as_bytes(), value]);
         self.answer_empty(reply, self.enter().and_then(|()| self.fs.setxattr(ino.0, name, value, flags)));
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        saw(8, &[name.as_bytes()]);
         self.answer_value(reply, size, self.enter().and_then(|()| self.fs.getxattr(ino.0, name)));
     }
 
@@ -512,6 +535,7 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        saw(0, &[name.as_bytes()]);
         self.answer_empty(reply, self.enter().and_then(|()| self.fs.removexattr(ino.0, name)));
     }
 
@@ -525,6 +549,7 @@ impl fuser::Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        saw(16, &[name.as_bytes()]);
         let exclusive = flags & libc::O_EXCL != 0;
         let made = self
             .enter()

@@ -101,7 +101,7 @@ impl Filesystem {
             fds: FdCache::new(fds),
             acl,
             counters: Counters::default(),
-            gate: Gate::new(),
+            gate: Gate::default(),
             scrub: Scrub::default(),
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),

@@ -1,12 +1,14 @@
 //! The gate that every request passes twice: when it comes, and when its answer goes.
 //!
 //! [`Gate::answer`] sends an answer under a shared guard, having looked at the phase once more; a seal changes the phase and
-//! then takes the guard exclusively ([`Gate::settle`]). So when it goes on to have the kernel drop what it caches, no answer
-//! with plaintext or attributes is on its way that the kernel would cache afterwards.
+//! then takes the guard exclusively. So when it goes on to have the kernel drop what it caches, no answer with plaintext or
+//! attributes is on its way that the kernel would cache afterwards.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Condvar, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
+use super::inode::lock;
 use crate::keyring::SealReason;
 
 /// Who may pass.
@@ -20,11 +22,19 @@ pub enum Phase {
     Closed(SealReason),
 }
 
+/// One time of draining: what belongs to an earlier one must not act on a later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn(u64);
+
 /// See the module's text.
+#[derive(Default)]
 pub struct Gate {
     phase: AtomicU8,
+    /// Held by whoever changes the phase. Counts the changes that begin or end a seal.
+    turn: Mutex<u64>,
     answers: RwLock<()>,
-    writes: RwLock<()>,
+    writes: Mutex<usize>,
+    written: Condvar,
     dropped: AtomicU64,
 }
 
@@ -37,12 +47,20 @@ pub enum Way {
     Unkept,
 }
 
-impl Gate {
-    /// An open one.
-    pub fn new() -> Self {
-        Self { phase: AtomicU8::new(0), answers: RwLock::new(()), writes: RwLock::new(()), dropped: AtomicU64::new(0) }
-    }
+/// A write that was let in and is not done.
+pub struct InFlight<'a>(&'a Gate);
 
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        let mut writes = lock(&self.0.writes);
+        *writes -= 1;
+        if *writes == 0 {
+            self.0.written.notify_all();
+        }
+    }
+}
+
+impl Gate {
     /// The phase.
     pub fn phase(&self) -> Phase {
         match self.phase.load(Ordering::SeqCst) {
@@ -63,15 +81,16 @@ impl Gate {
         }
     }
 
-    /// Whether a request that brings data out of the kernel may pass. While the guard lives no seal takes the keys from it,
-    /// unless it has to.
+    /// Whether a request that brings data out of the kernel may pass. [`writes_done`](Self::writes_done) waits for it.
     ///
     /// # Errors
-    /// Why not.
-    pub fn write(&self) -> Result<RwLockReadGuard<'_, ()>, SealReason> {
-        let guard = self.writes.read().unwrap_or_else(PoisonError::into_inner);
+    /// Why not. Never waits, whatever others wait for.
+    pub fn write(&self) -> Result<InFlight<'_>, SealReason> {
+        // Counted before it is let in: whoever closes the gate and then counts sees it, or it sees the gate closed.
+        *lock(&self.writes) += 1;
+        let in_flight = InFlight(self);
         match self.phase() {
-            Phase::Open | Phase::Draining(_) => Ok(guard),
+            Phase::Open | Phase::Draining(_) => Ok(in_flight),
             Phase::Closed(reason) => Err(reason),
         }
     }
@@ -89,43 +108,71 @@ impl Gate {
         }
     }
 
-    /// Changes the phase. No answer of the phase before is on its way when this returns.
-    pub fn set(&self, phase: Phase) {
-        self.phase.store(
-            match phase {
-                Phase::Open => 0,
-                Phase::Draining(reason) => code(reason),
-                Phase::Closed(reason) => code(reason) + 3,
-            },
-            Ordering::SeqCst,
-        );
-        self.settle();
+    /// Lets only dirty data through. `None`: it is closed already, or draining. No ordinary answer is on its way when this
+    /// returns.
+    pub fn drain(&self, reason: SealReason) -> Option<Turn> {
+        let mut turn = lock(&self.turn);
+        if self.phase() != Phase::Open {
+            return None;
+        }
+        *turn += 1;
+        self.set(Phase::Draining(reason));
+        Some(Turn(*turn))
     }
 
-    /// Waits for the answers on their way. They wait for nothing but the kernel's copying.
-    fn settle(&self) {
+    /// Closes it, if it still drains in this turn. Whether it did.
+    pub fn close_after(&self, turn: Turn) -> bool {
+        let now = lock(&self.turn);
+        let Phase::Draining(reason) = self.phase() else { return false };
+        if *now != turn.0 {
+            return false;
+        }
+        self.set(Phase::Closed(reason));
+        true
+    }
+
+    /// Closes it, whatever it was, and changes the reason if it is closed. No answer is on its way when this returns.
+    pub fn close(&self, reason: SealReason) {
+        let _turn = lock(&self.turn);
+        self.set(Phase::Closed(reason));
+    }
+
+    /// Opens it.
+    pub fn open(&self) {
+        *lock(&self.turn) += 1;
+        self.phase.store(0, Ordering::SeqCst);
+    }
+
+    fn set(&self, phase: Phase) {
+        let code = match phase {
+            Phase::Open => 0,
+            Phase::Draining(reason) => code(reason),
+            Phase::Closed(reason) => code(reason) + 3,
+        };
+        self.phase.store(code, Ordering::SeqCst);
+        // Answers on their way wait for nothing but the kernel's copying.
         drop(self.answers.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Waits for the writes that were let in, and with them for the backing filesystem.
-    pub fn writes_done(&self) {
-        drop(self.writes.write().unwrap_or_else(PoisonError::into_inner));
+    /// Waits for the writes that were let in, and with them for the backing filesystem. Whether all were done in time.
+    pub fn writes_done(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let mut writes = lock(&self.writes);
+        while *writes > 0 {
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            writes = self.written.wait_timeout(writes, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
     }
 
-    /// A write that the kernel had accepted long before was refused.
+    /// A write that the kernel had accepted long before was refused, or failed while nobody was there any more to be told.
     pub fn note_dropped(&self, bytes: u64) {
         self.dropped.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Bytes that programs had written and seals refused, since the mount.
+    /// Bytes that programs had written and seals did not take, since the mount.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
-    }
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -148,33 +195,70 @@ fn reason(code: u8) -> SealReason {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::{Arc, Barrier, mpsc};
 
     #[test]
     fn phases() {
-        let gate = Gate::new();
-        assert!(gate.check().is_ok() && gate.write().is_ok());
-        assert_eq!(gate.answer(false, |way| way), Ok(Way::Open));
         for reason in [SealReason::Revoked, SealReason::Expired, SealReason::Unmounted] {
-            gate.set(Phase::Draining(reason));
+            let gate = Gate::default();
+            assert!(gate.check().is_ok() && gate.write().is_ok());
+            assert_eq!(gate.answer(false, |way| way), Ok(Way::Open));
+            let turn = gate.drain(reason).unwrap();
             assert_eq!(gate.phase(), Phase::Draining(reason));
+            assert_eq!(gate.drain(reason), None);
             assert_eq!(gate.check(), Err(reason));
             assert!(gate.write().is_ok());
             assert_eq!(gate.answer(false, |way| way), Err(reason));
             assert_eq!(gate.answer(true, |way| way), Ok(Way::Unkept));
-            gate.set(Phase::Closed(reason));
+            assert!(gate.close_after(turn));
             assert_eq!(gate.phase(), Phase::Closed(reason));
             assert!(gate.write().is_err());
             assert_eq!(gate.answer(true, |way| way), Err(reason));
+            assert_eq!(gate.drain(reason), None);
+            gate.close(SealReason::Revoked);
+            assert_eq!(gate.check(), Err(SealReason::Revoked), "the newer reason");
+            gate.open();
+            assert!(gate.check().is_ok());
         }
     }
 
     #[test]
+    fn an_old_drain_does_not_close_what_was_opened_again() {
+        let gate = Gate::default();
+        let old = gate.drain(SealReason::Expired).unwrap();
+        gate.close(SealReason::Expired);
+        gate.open();
+        assert!(!gate.close_after(old));
+        assert!(gate.check().is_ok());
+        // Nor a later seal's.
+        let new = gate.drain(SealReason::Expired).unwrap();
+        assert!(!gate.close_after(old) && gate.write().is_ok());
+        assert!(gate.close_after(new));
+    }
+
+    #[test]
+    fn a_write_that_hangs_keeps_none_from_being_refused() {
+        let gate = Gate::default();
+        let hangs = gate.write().unwrap();
+        let turn = gate.drain(SealReason::Expired).unwrap();
+        assert!(gate.close_after(turn));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| gate.writes_done(Duration::from_secs(60)));
+            // While somebody waits for it.
+            assert!(gate.write().is_err());
+            drop(hangs);
+            assert!(waits.join().unwrap());
+        });
+        let _hangs = gate.write().err();
+        assert!(gate.writes_done(Duration::ZERO));
+    }
+
+    #[test]
     fn a_change_of_phase_waits_for_the_answers_on_their_way() {
-        let gate = std::sync::Arc::new(Gate::new());
-        let (go, told) = (std::sync::Barrier::new(2), std::sync::mpsc::channel());
-        let go = std::sync::Arc::new(go);
-        let (answering, at) = (gate.clone(), go.clone());
-        let sender = told.0.clone();
+        let gate = Arc::new(Gate::default());
+        let (sender, told) = mpsc::channel();
+        let go = Arc::new(Barrier::new(2));
+        let (answering, at, answered) = (gate.clone(), go.clone(), sender.clone());
         let answer = std::thread::spawn(move || {
             answering.answer(false, |_| {
                 at.wait();
@@ -182,13 +266,13 @@ mod tests {
                 while answering.phase() == Phase::Open {
                     std::thread::yield_now();
                 }
-                sender.send("answered").unwrap();
+                answered.send("answered").unwrap();
             })
         });
         go.wait();
-        gate.set(Phase::Closed(SealReason::Revoked));
-        told.0.send("closed").unwrap();
+        gate.close(SealReason::Revoked);
+        sender.send("closed").unwrap();
         assert_eq!(answer.join().unwrap(), Ok(()));
-        assert_eq!((told.1.recv().unwrap(), told.1.recv().unwrap()), ("answered", "closed"));
+        assert_eq!((told.recv().unwrap(), told.recv().unwrap()), ("answered", "closed"));
     }
 }

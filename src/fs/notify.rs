@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::AsFd;
 
+use zeroize::Zeroize as _;
+
 /// FUSE_NOTIFY_INVAL_INODE and FUSE_NOTIFY_INC_EPOCH (include/uapi/linux/fuse.h).
 const INVAL_INODE: i32 = 2;
 const INC_EPOCH: i32 = 8;
@@ -55,6 +57,8 @@ pub fn refuse_all(device: impl AsFd) {
                     let answer = [&16_u32.to_ne_bytes()[..], &error.to_ne_bytes(), unique].concat();
                     let _ = rustix::io::write(&device, &answer);
                 }
+                // What programs wrote, and names.
+                request[..n].zeroize();
             }
             Ok(_) => return,
             // A request that was taken back meanwhile, or a signal.

@@ -6,13 +6,13 @@
 //!   dirty → nobody passes → files flushed and sealed → keys wiped.
 
 use std::os::fd::AsFd as _;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::gate::Phase;
+use super::gate::{Phase, Turn};
 use super::inode::lock;
 use super::notify;
 use super::session::MountHandle;
@@ -45,7 +45,7 @@ pub struct SealReport {
     pub drained: bool,
     /// In order only: files that could not be flushed and sealed. What was fsynced of them is safe.
     pub unflushed_files: usize,
-    /// Bytes that programs had written and that were refused.
+    /// Bytes that programs had written and that were refused, or that the backing filesystem did not take.
     pub dropped_bytes: u64,
     /// From the call to the wiped keys, in microseconds.
     pub keys_wiped_us: u64,
@@ -60,18 +60,17 @@ impl MountHandle {
         let begun = Instant::now();
         let sealed_now = self.fs.volume.keys().sealed().is_none();
         let dropped = self.fs.gate.dropped();
-        self.fs.gate.set(Phase::Closed(reason));
-        self.fs.volume.keys().wipe(reason);
+        self.abandon(reason);
         let keys_wiped_us = micros(begun);
         let free = self.sealing.try_lock();
         if let Ok(Some(done)) = free.as_deref() {
-            return SealReport { sealed_now: false, ..*done };
+            return SealReport { sealed_now: false, reason, ..*done };
         }
         // Not behind an orderly seal that is under way: its keys are gone, and it may wait for a disk.
         let (purged_inodes, left_inodes) = self.purge(PURGE);
         let mut done = free.unwrap_or_else(|_| lock(&self.sealing));
         if let Some(done) = *done {
-            return SealReport { sealed_now, purged_inodes, left_inodes, ..done };
+            return SealReport { sealed_now, reason, purged_inodes, left_inodes, ..done };
         }
         let report = SealReport {
             sealed_now,
@@ -89,43 +88,46 @@ impl MountHandle {
         report
     }
 
+    /// Closes gate and keyring, or changes the reason for which they are closed, and nothing else. Waits for no disk.
+    pub fn abandon(&self, reason: SealReason) {
+        self.fs.gate.close(reason);
+        self.fs.volume.keys().wipe(reason);
+    }
+
     /// Lets everything dirty through first. If the backing filesystem does not take it within `drain`, the keys go all the
-    /// same, and with them what is dirty.
-    pub fn seal_in_order(&self, reason: SealReason, drain: Duration) -> SealReport {
+    /// same, and with them what is dirty. `still`: whether there is time for that, asked once nobody else comes in any more.
+    pub fn seal_in_order(&self, reason: SealReason, drain: Duration, still: impl FnOnce() -> bool) -> SealReport {
         let begun = Instant::now();
         let dropped = self.fs.gate.dropped();
         let mut done = lock(&self.sealing);
         if let Some(done) = *done {
             return SealReport { sealed_now: false, ..done };
         }
-        self.fs.gate.set(Phase::Draining(reason));
-        let (tell, told) = channel();
-        let draining = self.clone();
-        // On its own thread: the backing filesystem may never answer.
-        let spawned = std::thread::Builder::new().name("lethefs-drain".into()).spawn(move || {
-            let _ = tell.send(draining.drain(reason, drain));
-        });
-        let drained = match spawned {
-            Ok(_) => told.recv_timeout(drain),
-            Err(_) => Err(RecvTimeoutError::Disconnected),
+        let turn = self.fs.gate.drain(reason);
+        let drained = match turn {
+            Some(turn) if still() => self.drain_until(turn, drain),
+            // Revoked meanwhile.
+            _ => None,
         };
         // Not over the reason of a revocation that came meanwhile.
-        if !matches!(self.fs.gate.phase(), Phase::Closed(_)) {
-            self.fs.gate.set(Phase::Closed(reason));
-        }
-        self.fs.volume.keys().wipe(reason);
+        let reason = match self.fs.gate.phase() {
+            Phase::Closed(newer) => newer,
+            _ => reason,
+        };
+        self.abandon(reason);
         let keys_wiped_us = micros(begun);
         // What slipped into the kernel's cache between its purge and the closing.
         let (purged_inodes, left_inodes) = self.purge(PURGE);
+        let dropped_bytes = self.fs.gate.dropped() - dropped;
         let report = SealReport {
             sealed_now: true,
             reason,
             purged_inodes,
             left_inodes,
             unscrubbed_workers: self.scrub(),
-            drained: matches!(drained, Ok(0)),
-            unflushed_files: drained.unwrap_or_else(|_| self.fs.unsealed()),
-            dropped_bytes: self.fs.gate.dropped() - dropped,
+            drained: drained == Some(0) && dropped_bytes == 0,
+            unflushed_files: drained.unwrap_or_else(|| self.fs.unsealed()),
+            dropped_bytes,
             keys_wiped_us,
             purged_us: micros(begun),
         };
@@ -143,8 +145,22 @@ impl MountHandle {
         matches!(self.fs.gate.phase(), Phase::Draining(_))
     }
 
-    /// The part of an orderly seal that waits for the backing filesystem. How many files could not be flushed.
-    fn drain(&self, reason: SealReason, patience: Duration) -> usize {
+    /// How many files could not be flushed. `None`: the time was up.
+    fn drain_until(&self, turn: Turn, patience: Duration) -> Option<usize> {
+        let (tell, told) = channel();
+        let draining = self.clone();
+        // On its own thread: the backing filesystem may never answer.
+        let thread = std::thread::Builder::new().name("lethefs-drain".into());
+        let spawned = thread.spawn(move || {
+            if let Some(left) = draining.drain(turn, patience) {
+                let _ = tell.send(left);
+            }
+        });
+        spawned.ok().and_then(|_| told.recv_timeout(patience).ok())
+    }
+
+    /// The part of an orderly seal that waits for the backing filesystem. `None`: it is another seal's turn.
+    fn drain(&self, turn: Turn, patience: Duration) -> Option<usize> {
         // Only to make large requests of what is dirty: it may return before all is answered.
         if let Ok(root) = self.open_root() {
             let _ = rustix::fs::syncfs(&root);
@@ -152,29 +168,28 @@ impl MountHandle {
         // Twice: a write(2) that had looked at the attributes before may dirty a page behind the first one's back.
         self.purge(patience);
         self.purge(patience);
-        if self.fs.volume.keys().sealed().is_none() {
-            self.fs.gate.set(Phase::Closed(reason));
+        // It may have taken so long that the mount was sealed without it, and perhaps opened again.
+        if !self.fs.gate.close_after(turn) || !self.fs.gate.writes_done(patience) {
+            return None;
         }
-        self.fs.gate.writes_done();
-        self.fs.seal_all()
+        Some(self.fs.seal_all())
     }
 
     /// Opens a sealed mount again under these KEKs, which the caller has held against their commitments; the last one is
-    /// current. The kernel caches nothing from before.
-    /// Waits for a seal that is under way.
+    /// current. Waits for a seal that is under way.
     pub fn reopen(&self, keks: &[(u32, u32, &Key32)]) {
         let mut done = lock(&self.sealing);
         if done.take().is_some() {
             self.fs.volume.keys().reopen(keks);
-            self.fs.gate.set(Phase::Open);
+            self.fs.gate.open();
         }
     }
 
     /// Has every worker overwrite what passed through it. How many did not.
     fn scrub(&self) -> usize {
-        let workers = self.workers;
-        let unscrubbed = self.fs.scrub.run(workers, || {
-            let _ = rustix::fs::statvfs(self.mountpoint.as_path());
+        let mountpoint = self.mountpoint.clone();
+        let unscrubbed = self.fs.scrub.run(self.workers, move || {
+            let _ = rustix::fs::statvfs(mountpoint.as_path());
         });
         wiping::unused_stack();
         unscrubbed

@@ -101,12 +101,14 @@ pub struct Lease {
     proved: Tick,
     /// When the next attempt is due.
     next: Tick,
+    /// Somebody asked for an attempt then; one that was begun before does not count.
+    requested: Option<Tick>,
 }
 
 impl Lease {
     /// A lease whose first proof was asked for at `asked`.
     pub fn new(terms: Terms, asked: Tick) -> Self {
-        Self { terms, state: State::Active, proved: asked, next: asked + terms.interval }
+        Self { terms, state: State::Active, proved: asked, next: asked + terms.interval, requested: None }
     }
 
     /// Where it stands.
@@ -126,7 +128,7 @@ impl Lease {
 
     /// When to try next. `None`: never again without a request.
     pub fn next(&self) -> Option<Tick> {
-        (!matches!(self.state, State::Held | State::Destroyed)).then_some(self.next)
+        (!matches!(self.state, State::Held | State::Destroyed)).then_some(self.requested.unwrap_or(self.next))
     }
 
     /// When [`passed`](Self::passed) has something to say: the end of the lease, then that of the grace.
@@ -143,6 +145,7 @@ impl Lease {
     pub fn heard(&mut self, asked: Tick, now: Tick, answer: Answer, early: f64) -> Option<Action> {
         let interval = self.terms.interval.mul_f64(1.0 - early.clamp(0.0, 1.0) / 5.0);
         self.next = now + interval;
+        self.requested = self.requested.filter(|requested| asked < *requested);
         if self.state == State::Destroyed {
             return None;
         }
@@ -200,7 +203,7 @@ impl Lease {
         if self.state == State::Held {
             self.state = State::Revoked;
         }
-        self.next = now;
+        self.requested = Some(now);
     }
 
     /// [`Action::Resume`] could not be carried out; sealed as before.

@@ -404,7 +404,8 @@ fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files, pid: i
             // The supervisor passes on what was sent to it; both may be sent the same at once.
             let passed_on = signal == supervisor::STOP;
             if asked && !passed_on {
-                handle.seal(SealReason::Unmounted);
+                // No more than that: the supervisor has the kernel drop what it caches.
+                handle.abandon(SealReason::Unmounted);
                 files.remove(pid);
                 std::process::exit(1);
             }

@@ -150,8 +150,14 @@ impl Supervisor {
     /// Waits for the daemon's end, and clears up behind it if need be. The exit code; a daemon that a signal ended takes this
     /// process with it in the same way.
     pub fn watch(self) -> u8 {
-        let Ok(pidfd) = rustix::process::pidfd_open(self.daemon, PidfdFlags::empty()) else {
-            return self.ended(None);
+        // It may see plaintext that nobody takes any more ([`notify::refuse_all`]).
+        process::harden();
+        let pidfd = match rustix::process::pidfd_open(self.daemon, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(errno) => {
+                tracing::error!(%errno, "the daemon cannot be watched: if it dies, nobody clears up behind it");
+                return self.ended(None);
+            }
         };
         let mut mount: Option<(Told, OwnedFd)> = None;
         let mut asked = false;
@@ -216,6 +222,7 @@ impl Supervisor {
             }
         };
         let code = status.and_then(|status| status.exit_status());
+        // (A daemon that ended by itself without an error has unmounted.)
         if let Some((told, fuse)) = mount.filter(|_| code != Some(0)) {
             let pid = self.daemon.as_raw_nonzero().get();
             clear_up(&told, &fuse, &self.list, pid, code.is_none());
@@ -247,28 +254,45 @@ fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool
     let _ = notify::inc_epoch(fuse);
     let inodes = list.numbers();
     let known = inodes.len();
-    let (tell, purged) = std::sync::mpsc::channel();
+    let (tell, told) = std::sync::mpsc::channel();
     if let Ok(fuse) = fuse.try_clone() {
         std::thread::spawn(move || {
             // Again and again: a dirty page is not dropped by the call that finds that nobody takes it, but by the next one.
-            let purges = (0..3).map(|_| inodes.iter().filter(|ino| notify::inval_inode(&fuse, **ino).is_ok()).count());
-            let _ = tell.send(purges.max().unwrap_or(0));
+            for _ in 0..3 {
+                let _ = tell.send(inodes.iter().filter(|ino| notify::inval_inode(&fuse, **ino).is_ok()).count());
+            }
         });
     }
     // A request that the daemon took with it keeps its page locked until the connection ends, which it does with this process.
-    let purged = purged.recv_timeout(PURGE).unwrap_or(0);
+    let until = std::time::Instant::now() + PURGE;
+    let mut purges = 0;
+    let mut purged = 0;
+    while let Ok(count) = told.recv_timeout(until.saturating_duration_since(std::time::Instant::now())) {
+        (purges, purged) = (purges + 1, purged.max(count));
+    }
     if ours()
         && let Err(error) = session::unmount_path(&told.mountpoint, true)
     {
         tracing::error!(%error, "cannot unmount what the daemon left");
     }
     Files { record: told.record.clone(), socket: told.socket.clone(), log: PathBuf::new() }.remove(pid);
-    let done = "the daemon is gone: its plaintext was dropped from the kernel's caches, and it is unmounted";
     // One that ended by itself and unmounted has said why.
-    if died || was_there {
-        tracing::error!(pid, known, purged, "{done}");
+    if !died && !was_there {
+        tracing::info!(pid, known, purged, "the daemon has ended");
+    } else if purges == 3 {
+        tracing::error!(
+            pid,
+            known,
+            purged,
+            "the daemon is gone: its plaintext was dropped from the kernel's caches, and it is unmounted"
+        );
     } else {
-        tracing::info!(pid, known, purged, "{done}");
+        tracing::error!(
+            pid,
+            known,
+            purged,
+            "the daemon is gone, and the kernel has not dropped all of its plaintext in time"
+        );
     }
 }
 

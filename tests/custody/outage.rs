@@ -1,7 +1,10 @@
 //! The key service says nothing.
 
 use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::at_openbao::{at, volume};
@@ -45,10 +48,54 @@ fn all_there(v: &TestVolume, writer: usize, written: usize) {
     }
 }
 
-/// The key service goes away in one of three ways while three programs write, and comes back.
+/// A network between the mount and the server, which can be cut: then nothing passes any more, and nobody is told.
+struct Network {
+    address: String,
+    cut: Arc<AtomicBool>,
+}
+
+impl Network {
+    fn before(server: &Server) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("https://{}", listener.local_addr().unwrap());
+        let (port, cut) = (server.port(), Arc::new(AtomicBool::new(false)));
+        let is_cut = cut.clone();
+        std::thread::spawn(move || {
+            for near in listener.incoming() {
+                let near = near.unwrap();
+                let Ok(far) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+                for (mut from, mut to) in [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near)] {
+                    let is_cut = is_cut.clone();
+                    std::thread::spawn(move || {
+                        let mut bytes = [0; 16384];
+                        while let Ok(n @ 1..) = from.read(&mut bytes) {
+                            // What is sent into a cut network is lost; the connections stay as they are.
+                            if !is_cut.load(Ordering::SeqCst) && to.write_all(&bytes[..n]).is_err() {
+                                break;
+                            }
+                        }
+                        let _ = to.shutdown(std::net::Shutdown::Both);
+                    });
+                }
+            }
+        });
+        Self { address, cut }
+    }
+}
+
+/// The key service goes away in one of four ways while three programs write, and comes back.
 fn outage(away: impl Fn(&mut Server), back: impl Fn(&mut Server)) {
-    let mut server = Server::start(Storage::Raft);
+    outage_of(Server::start(Storage::Raft), |_, _| (), away, back);
+}
+
+fn outage_of(
+    mut server: Server,
+    prepare: impl Fn(&Server, &TestVolume),
+    away: impl Fn(&mut Server),
+    back: impl Fn(&mut Server),
+) {
     let v = volume(&server, "vol");
+    prepare(&server, &v);
     v.mount(&[OFTEN, "--grace=1s"]);
     fs::write(v.at("read"), vec![5; 1 << 20]).unwrap();
     let reader = File::open(v.at("read")).unwrap();
@@ -99,6 +146,18 @@ fn stopped_for_longer_than_the_grace() {
 #[test]
 fn hung_for_longer_than_the_grace() {
     outage(|server| server.stop(), |server| server.cont());
+}
+
+#[test]
+fn cut_off_for_longer_than_the_grace() {
+    let server = Server::start(Storage::Memory);
+    let network = Network::before(&server);
+    outage_of(
+        server,
+        |_, v| v.env("VAULT_ADDR", network.address.clone()),
+        |_| network.cut.store(true, Ordering::SeqCst),
+        |_| network.cut.store(false, Ordering::SeqCst),
+    );
 }
 
 #[test]

@@ -67,6 +67,18 @@ fn a_seal_on_request_lasts_until_it_is_released() {
 }
 
 #[test]
+fn an_attempt_that_was_asked_for_is_not_put_off_by_one_under_way() {
+    let mut lease = Lease::new(TERMS, s(0));
+    lease.hold();
+    lease.release(s(50));
+    // Begun before; it finds the key refused, as it was then.
+    assert_eq!(lease.heard(s(49), s(51), Answer::Refused, 0.0), None);
+    assert_eq!(lease.next(), Some(s(50)), "at once");
+    assert_eq!(lease.heard(s(51), s(52), Answer::Proved, 0.0), Some(Action::Resume));
+    assert_eq!(lease.next(), Some(s(56)));
+}
+
+#[test]
 fn a_proof_that_was_on_its_way_for_too_long_opens_nothing() {
     let mut lease = Lease::new(TERMS, s(0));
     assert_eq!(lease.passed(s(68)), Some(Action::Drain));
