@@ -254,7 +254,7 @@ fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool
     let _ = notify::inc_epoch(fuse);
     let inodes = list.numbers();
     let known = inodes.len();
-    let (tell, told) = std::sync::mpsc::channel();
+    let (tell, counts) = std::sync::mpsc::channel();
     if let Ok(fuse) = fuse.try_clone() {
         std::thread::spawn(move || {
             // Again and again: a dirty page is not dropped by the call that finds that nobody takes it, but by the next one.
@@ -267,7 +267,7 @@ fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool
     let until = std::time::Instant::now() + PURGE;
     let mut purges = 0;
     let mut purged = 0;
-    while let Ok(count) = told.recv_timeout(until.saturating_duration_since(std::time::Instant::now())) {
+    while let Ok(count) = counts.recv_timeout(until.saturating_duration_since(std::time::Instant::now())) {
         (purges, purged) = (purges + 1, purged.max(count));
     }
     if ours()
