@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::at_openbao::{at, volume};
 use crate::support::disk::Disk;
+use crate::support::faulty::{Fate, Faulty, Op};
 use crate::support::openbao::{Server, Storage, wait_for};
 use crate::support::volume::TestVolume;
 use crate::{EKEYEXPIRED, OFTEN, custody, errno, list, peek, wait_for_state};
@@ -217,6 +218,50 @@ fn what_a_failing_disk_does_not_take_is_reported() {
     assert!(fs::read(v.at("safe")).unwrap() == vec![3; 100_000]);
     v.umount();
     v.cli(&["fsck", "backing"]).is(0);
+}
+
+#[test]
+fn a_disk_that_hangs_keeps_neither_the_keys_nor_the_mount() {
+    let server = Server::start(Storage::Memory);
+    let v = TestVolume::new();
+    fs::create_dir(v.path("store")).unwrap();
+    fs::create_dir(v.backing()).unwrap();
+    let store = Faulty::mount(&v.path("store"), &v.backing());
+    at(&v, &server, "vol");
+    v.mount(&[OFTEN, "--grace=1s", "--threads=3"]);
+    for name in ["clean", "dirty"] {
+        fs::write(v.at(name), vec![3; 1 << 20]).unwrap();
+        File::open(v.at(name)).unwrap().sync_all().unwrap();
+    }
+    let clean = File::open(v.at("clean")).unwrap();
+    assert_eq!(peek(&clean, 5000).unwrap(), 3);
+    let dirty = File::options().read(true).write(true).open(v.at("dirty")).unwrap();
+
+    store.rule(|call| if matches!(call.op, Op::Write | Op::Fsync) { Fate::Hang } else { Fate::Pass });
+    dirty.write_all_at(&vec![4; 1 << 20], 0).unwrap();
+    server.stop();
+    // In the middle of it a revocation on request does not wait for the disk.
+    wait_for_state(&v, "sealing");
+    assert_eq!(errno(peek(&clean, 5000)), EKEYEXPIRED);
+    wait_for_state(&v, "expired");
+    let seal = custody(&v)["last_seal"].clone();
+    assert_eq!((&seal["drained"], &seal["reason"]), (&false.into(), &"expired".into()), "{seal}");
+    assert!(seal["unscrubbed_workers"].as_u64().unwrap() >= 1, "who hangs is counted: {seal}");
+    assert_eq!(errno(peek(&clean, 5000)), EKEYEXPIRED);
+    // The key service is back before the disk is.
+    server.cont();
+    wait_for_state(&v, "active");
+    assert_eq!(peek(&clean, 5000).unwrap(), 3);
+    // What the old seal still had to do is not done to the mount that was opened again.
+    store.heal();
+    fs::write(v.at("after"), "x").unwrap();
+    File::open(v.at("after")).unwrap().sync_all().unwrap();
+    for _ in 0..50 {
+        assert_eq!(custody(&v)["state"], "active");
+        assert_eq!(peek(&clean, 5000).unwrap(), 3);
+    }
+    drop((clean, dirty));
+    v.umount();
 }
 
 #[test]

@@ -63,6 +63,8 @@ pub(crate) enum Fate {
     Fail(i32),
     /// A write of only so many bytes.
     Short(usize),
+    /// It hangs until the store is healed, and is done then.
+    Hang,
 }
 
 type Rule = Box<dyn FnMut(&Call) -> Fate + Send>;
@@ -90,6 +92,12 @@ impl Shared {
         state.calls.push(call.clone());
         let fate = state.rule.as_mut().map_or(Fate::Pass, |rule| rule(&call));
         self.moved.notify_all();
+        if matches!(fate, Fate::Hang) {
+            while state.rule.is_some() {
+                state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            return Fate::Pass;
+        }
         fate
     }
 }
@@ -129,6 +137,7 @@ impl Faulty {
     /// Everything passes again.
     pub(crate) fn heal(&self) {
         self.shared.lock().rule = None;
+        self.shared.moved.notify_all();
     }
 
     /// What was asked since the last call of this.
@@ -456,7 +465,7 @@ impl fuser::Filesystem for Store {
         let data = match self.shared.ask(Op::Write, ino.0, OsStr::new(""), offset, data.len()) {
             Fate::Fail(errno) => return reply.error(Errno::from_i32(errno)),
             Fate::Short(n) => &data[..n.min(data.len())],
-            Fate::Pass => data,
+            Fate::Pass | Fate::Hang => data,
         };
         let written = self.file(ino, OFlags::WRONLY).map_err(io::Error::from);
         match written.and_then(|file| file.write_all_at(data, offset)) {
