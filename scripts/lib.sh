@@ -136,8 +136,10 @@ marked_processes() {
     local pid
     for pid in /proc/[0-9]*; do
         pid=${pid#/proc/}
-        if [ "$pid" != $$ ] && [ "$pid" != "$BASHPID" ] && grep -qzxF -- "$1" "/proc/$pid/environ" 2>/dev/null &&
-            { [ -z "${2:-}" ] || [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ]; }; then
+        # The name first: reading the environment of a process that waits for a dead filesystem may wait, too.
+        if [ "$pid" != $$ ] && [ "$pid" != "$BASHPID" ] &&
+            { [ -z "${2:-}" ] || [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ]; } &&
+            grep -qzxF -- "$1" "/proc/$pid/environ" 2>/dev/null; then
             echo "$pid"
         fi
     done

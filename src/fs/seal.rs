@@ -161,10 +161,7 @@ impl MountHandle {
 
     /// The part of an orderly seal that waits for the backing filesystem. `None`: it is another seal's turn.
     fn drain(&self, turn: Turn, patience: Duration) -> Option<usize> {
-        // Only to make large requests of what is dirty: it may return before all is answered.
-        if let Ok(root) = self.open_root() {
-            let _ = rustix::fs::syncfs(&root);
-        }
+        self.push(patience / 10);
         // Twice: a write(2) that had looked at the attributes before may dirty a page behind the first one's back.
         self.purge(patience);
         self.purge(patience);
@@ -173,6 +170,21 @@ impl MountHandle {
             return None;
         }
         Some(self.fs.seal_all())
+    }
+
+    /// Has the kernel begin to send what is dirty, in large requests. It may return before all is answered, and is not waited for
+    /// for long: what is cached is to be dropped, whether the disk takes anything or not.
+    fn push(&self, patience: Duration) {
+        let Ok(root) = self.open_root() else { return };
+        let (tell, told) = channel();
+        let thread = std::thread::Builder::new().name("lethefs-push".into());
+        let spawned = thread.spawn(move || {
+            let _ = rustix::fs::syncfs(&root);
+            let _ = tell.send(());
+        });
+        if spawned.is_ok() {
+            let _ = told.recv_timeout(patience);
+        }
     }
 
     /// Opens a sealed mount again under these KEKs, which the caller has held against their commitments; the last one is

@@ -192,7 +192,10 @@ fn ask_mounts(volumes: &[VolumeId], way: Way, report: &mut Report) {
         let word = if way == Way::Revoke { "seal" } else { "resume" };
         let (said, answer) = match client.ask_word(word) {
             Ok(Ok(answer)) if way == Way::Revoke => ("sealed".to_owned(), Some(answer)),
-            Ok(Ok(answer)) => (format!("asked to go on: {answer}"), Some(answer)),
+            Ok(Ok(answer)) => {
+                let state = answer.get("state").and_then(serde_json::Value::as_str).unwrap_or("state unknown");
+                (format!("asked to go on: {state}"), Some(answer))
+            }
             Ok(Err((code, _))) if code == "unknown-op" => {
                 ("it cannot go on by itself: unmount it and mount it again".to_owned(), None)
             }

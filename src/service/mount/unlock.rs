@@ -65,7 +65,7 @@ pub(in crate::service) fn unlock_keeping(
                 let no_answer = matches!(&error, Error::Kms(error) if may_fail_over(error.failure));
                 let other = all().find(|other| other.uri != usable.uri && !other.slot.wrapped.0.is_empty());
                 let go_on = damage || no_answer;
-                first_error.get_or_insert(match (error, other) {
+                let error = match (error, other) {
                     (Error::Kms(mut error), Some(other)) if !go_on => {
                         error.message = format!(
                             "{}; slot {} is not asked in its place unless you say so: --kms {}",
@@ -74,10 +74,13 @@ pub(in crate::service) fn unlock_keeping(
                         Error::Kms(error)
                     }
                     (error, _) => error,
-                });
+                };
                 if !go_on {
+                    // A word about the key, and not the silence of another slot before it, is what kept it shut.
+                    first_error = Some(error);
                     break;
                 }
+                first_error.get_or_insert(error);
                 if no_answer && other.is_some() {
                     tracing::warn!(
                         slot = usable.slot.id,
