@@ -273,7 +273,8 @@ impl Custody {
                     self.recorder.record(None, resumed);
                 }
             }
-            Err((error, event)) => {
+            Err(failed) => {
+                let (error, event) = *failed;
                 tracing::warn!(class = ?error.failure, detail = error.detail.as_deref(), "cannot resume: {error}");
                 self.recorder.record(None, event);
                 self.recorder.record(None, Event::ResumeFailed { why: error.failure.word() });

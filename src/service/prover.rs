@@ -197,7 +197,7 @@ impl Prover {
     ///
     /// # Errors
     /// What its key service said, and that for the audit log.
-    pub(super) fn fetch(&self) -> Result<Fetched, (KmsError, Event)> {
+    pub(super) fn fetch(&self) -> Result<Fetched, Box<(KmsError, Event)>> {
         let door = &self.doors[self.last.load(Ordering::SeqCst)];
         let (slot, uri) = (door.usable.slot.id, door.usable.uri.to_string());
         match door.fetch() {
@@ -209,7 +209,7 @@ impl Prover {
             }
             Err(error) => {
                 let event = audit::fetch_failed("resume", slot, uri, &door.usable.slot.identity, &error);
-                Err((error, event))
+                Err(Box::new((error, event)))
             }
         }
     }
