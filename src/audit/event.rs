@@ -38,7 +38,7 @@ pub enum Event {
     },
     /// Renewals since the last such record: see [`super::Renewals`]. `outcome`: `ok`, or the class of the failure.
     Renew { slot: u32, outcome: String, count: u64, request_id: Option<String> },
-    /// The key service took the key away (or says so). Recorded before anything is done about it.
+    /// The key service took the key away (or says so). What is done about it does not wait for the record.
     Deny { slot: u32, class: String, message: String, request_id: Option<String> },
     /// The lease went from one state to another.
     Lease { from: String, to: String, why: Option<String> },
