@@ -25,8 +25,14 @@ pub const DRAIN: Duration = Duration::from_secs(30);
 /// How long a seal waits for the kernel to drop what it caches before it reports what is left; the dropping goes on. Part of
 /// the declared bounds.
 pub const PURGE: Duration = Duration::from_secs(10);
-/// Threads that tell the kernel: one page that the kernel waits for must not hold all others up.
+/// Threads that tell the kernel at first. Each waits where a page is locked by a request that is not answered, so as long as they
+/// do not get on more are started: what a hung disk holds must not keep the rest in the cache.
 const PURGERS: usize = 4;
+const MOST_PURGERS: usize = 512;
+/// No progress for so long is none.
+const STALLED: Duration = Duration::from_millis(50);
+/// A purger needs next to nothing.
+const PURGER_STACK: usize = 64 << 10;
 
 /// What a seal did.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -156,7 +162,11 @@ impl MountHandle {
                 let _ = tell.send(left);
             }
         });
-        spawned.ok().and_then(|_| told.recv_timeout(patience).ok())
+        match spawned {
+            Ok(_) => told.recv_timeout(patience).ok(),
+            // The system is full of processes: better without a limit than without writing out.
+            Err(_) => self.drain(turn, patience),
+        }
     }
 
     /// The part of an orderly seal that waits for the backing filesystem. `None`: it is another seal's turn.
@@ -223,24 +233,28 @@ impl MountHandle {
                 let _ = tell.send(notify::inval_inode(handle.device.as_fd(), ino).is_ok());
             }
         };
-        let spawned = (0..PURGERS).filter(|_| {
-            let (work, handle, tell) = (work.clone(), self.clone(), tell.clone());
-            let thread = std::thread::Builder::new().name("lethefs-purge".into());
-            thread.spawn(move || work(&handle, &tell)).is_ok()
-        });
-        if spawned.count() == 0 {
+        let mut purgers = 0;
+        let start = |many: usize, purgers: &mut usize| {
+            for _ in 0..many {
+                let (work, handle, tell) = (work.clone(), self.clone(), tell.clone());
+                let thread = std::thread::Builder::new().name("lethefs-purge".into()).stack_size(PURGER_STACK);
+                *purgers += usize::from(thread.spawn(move || work(&handle, &tell)).is_ok());
+            }
+        };
+        start(PURGERS, &mut purgers);
+        if purgers == 0 {
             work(self, &tell);
         }
-        drop(tell);
         let (mut answered, mut purged) = (0, 0);
         while answered < total {
             let Some(left) = until.checked_duration_since(Instant::now()) else { break };
-            match told.recv_timeout(left) {
+            match told.recv_timeout(left.min(STALLED)) {
                 Ok(known) => {
                     answered += 1;
                     purged += usize::from(known);
                 }
-                Err(_) => break,
+                Err(_) if purgers < MOST_PURGERS.min(total) => start(purgers.max(1), &mut purgers),
+                Err(_) => {}
             }
         }
         if answered < total {

@@ -414,20 +414,26 @@ fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files, pid: i
                 continue;
             }
             tracing::info!(signal, "unmounting");
-            let handle = handle.clone();
             // On its own thread: pushing data out may take long, and the next signal must be heard meanwhile.
-            std::thread::spawn(move || {
-                let unmounted = handle.unmount(false).or_else(|error| {
-                    tracing::warn!(%error, "in use: detached, and served until its last user is gone");
-                    handle.unmount(true)
-                });
-                if let Err(error) = unmounted {
-                    tracing::error!(%error, "cannot unmount");
-                }
-            });
+            let ending = handle.clone();
+            let thread = std::thread::Builder::new().name("lethefs-unmount".into());
+            if thread.spawn(move || unmount(&ending)).is_err() {
+                // The system is full of processes: then the next signal has to wait.
+                unmount(&handle);
+            }
         }
     };
     std::thread::Builder::new().name("signals".into()).spawn(watch).map(drop)
+}
+
+fn unmount(handle: &MountHandle) {
+    let unmounted = handle.unmount(false).or_else(|error| {
+        tracing::warn!(%error, "in use: detached, and served until its last user is gone");
+        handle.unmount(true)
+    });
+    if let Err(error) = unmounted {
+        tracing::error!(%error, "cannot unmount");
+    }
 }
 
 /// The options in effect, as `-o` writes them.

@@ -77,6 +77,15 @@ impl Prover {
     pub(super) fn new(grant: &Grant, unlocked: &mut Unlocked) -> Self {
         let used = &unlocked.used;
         let volume = unlocked.body.volume_id;
+        // What stands in the copy that was tried first is nobody's word but the backing store's; what the KEK vouches for is.
+        let genuine = |usable: &Usable| -> Option<Usable> {
+            let scopes = unlocked.body.scopes.iter().filter(|scope| scope.id == usable.scope);
+            let keks = scopes.flat_map(|scope| &scope.keks).filter(|kek| kek.version == usable.version);
+            let slot = keks
+                .flat_map(|kek| &kek.slots)
+                .find(|slot| slot.id == usable.slot.id && slot.identity == usable.slot.identity)?;
+            Some(Usable { slot: slot.clone(), ..usable.clone() })
+        };
         let door = |usable: &Usable| Door {
             volume,
             usable: usable.clone(),
@@ -85,12 +94,12 @@ impl Prover {
             busy: AtomicBool::new(false),
             avoided: AtomicBool::new(false),
         };
-        let first = door(used);
+        let first = door(&genuine(used).unwrap_or_else(|| used.clone()));
         if let Some(source) = unlocked.source.take() {
             let _ = first.source.set(source);
         }
         let mut doors = vec![first];
-        for usable in grant.copies.iter().flat_map(|(_, usable)| usable) {
+        for usable in &grant.copies.iter().flat_map(|(_, usable)| usable).filter_map(genuine).collect::<Vec<_>>() {
             let same_key =
                 (usable.scope, usable.version) == (used.scope, used.version) && usable.commitment == used.commitment;
             let new = doors.iter().all(|known| known.usable.slot.id != usable.slot.id);

@@ -237,31 +237,49 @@ impl Supervisor {
 
 /// The daemon is gone: nothing plaintext stays in the kernel, and nothing in the way of the next mount.
 fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool) {
-    let ours = || {
+    // As long as the connection lives, its filesystem does, and no other one has its device number.
+    let was_there = is_alive(fuse) && {
         let mounts = mountinfo::read().unwrap_or_default();
         mountinfo::at(&mounts, &told.mountpoint).is_some_and(|mount| mount.is_lethefs() && mount.device == told.device)
     };
     // First of all nobody may wait for the dead: dropping a dirty page would.
-    let was_there = ours();
-    let aborted = if was_there { abort(told) } else { Err(io::Error::other("its mount is not there any more")) };
-    if let Err(error) = &aborted {
+    if is_alive(fuse)
+        && let Err(error) = abort(told, was_there)
+    {
         // No right to, or no control files: requests are refused one by one instead.
         tracing::info!(%error, "the connection is not aborted");
-        if let Ok(fuse) = fuse.try_clone() {
-            std::thread::spawn(move || notify::refuse_all(&fuse));
+        let refusing = fuse.try_clone().and_then(|fuse| {
+            std::thread::Builder::new().name("lethefs-refuse".into()).spawn(move || notify::refuse_all(&fuse))
+        });
+        if let Err(error) = refusing {
+            tracing::error!(%error, "requests to the dead daemon are not refused");
         }
     }
     let _ = notify::inc_epoch(fuse);
-    let inodes = list.numbers();
+    let inodes = Arc::new(list.numbers());
     let known = inodes.len();
     let (tell, counts) = std::sync::mpsc::channel();
-    if let Ok(fuse) = fuse.try_clone() {
-        std::thread::spawn(move || {
-            // Again and again: a dirty page is not dropped by the call that finds that nobody takes it, but by the next one.
+    // Again and again: a dirty page is not dropped by the call that finds that nobody takes it, but by the next one.
+    let purge = {
+        let inodes = inodes.clone();
+        move |fuse: &OwnedFd| {
             for _ in 0..3 {
-                let _ = tell.send(inodes.iter().filter(|ino| notify::inval_inode(&fuse, **ino).is_ok()).count());
+                let _ = tell.send(inodes.iter().filter(|ino| notify::inval_inode(fuse, **ino).is_ok()).count());
             }
-        });
+        }
+    };
+    let (on_thread, here) = (purge.clone(), purge);
+    let purging = fuse.try_clone().and_then(|fuse| {
+        std::thread::Builder::new().name("lethefs-purge".into()).spawn(move || on_thread(&fuse)).map(drop)
+    });
+    match purging {
+        // Whoever sends is the thread alone, so that its end is seen.
+        Ok(()) => drop(here),
+        // No thread to be had, as when the system is full of processes: then it is done here, however long it takes.
+        Err(_) => {
+            here(fuse);
+            drop(here);
+        }
     }
     // A request that the daemon took with it keeps its page locked until the connection ends, which it does with this process.
     let until = std::time::Instant::now() + PURGE;
@@ -269,11 +287,6 @@ fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool
     let mut purged = 0;
     while let Ok(count) = counts.recv_timeout(until.saturating_duration_since(std::time::Instant::now())) {
         (purges, purged) = (purges + 1, purged.max(count));
-    }
-    if ours()
-        && let Err(error) = session::unmount_path(&told.mountpoint, true)
-    {
-        tracing::error!(%error, "cannot unmount what the daemon left");
     }
     Files { record: told.record.clone(), socket: told.socket.clone(), log: PathBuf::new() }.remove(pid);
     // One that ended by itself and unmounted has said why.
@@ -296,14 +309,26 @@ fn clear_up(told: &Told, fuse: &OwnedFd, list: &SharedList, pid: i32, died: bool
     }
 }
 
-/// Ends the connection: every request, waiting or to come, fails.
-fn abort(told: &Told) -> io::Result<()> {
-    if rustix::process::geteuid().is_root() {
+/// Whether the connection still has a filesystem and was not aborted (fuse_dev_poll, fs/fuse/dev.c).
+fn is_alive(fuse: &OwnedFd) -> bool {
+    let mut ready = [PollFd::from_borrowed_fd(fuse.as_fd(), PollFlags::empty())];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let polled = rustix::event::poll(&mut ready, Some(&now));
+    polled.is_ok() && !ready[0].revents().contains(PollFlags::ERR)
+}
+
+/// Ends the connection, so that every request, waiting or to come, fails; and unmounts what is there.
+fn abort(told: &Told, there: bool) -> io::Result<()> {
+    if there && rustix::process::geteuid().is_root() {
         // Aborts first (fuse_umount_begin, fs/fuse/inode.c). Detaches at once; what is open stays until it is closed.
         let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
         return Ok(rustix::mount::unmount(&told.mountpoint, flags)?);
     }
     // The minor number is the connection's, and the file the mounting user's (Documentation/filesystems/fuse.rst).
     let minor = told.device.split(':').nth(1).unwrap_or_default();
-    std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1")
+    let aborted = std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1");
+    if there && let Err(error) = session::unmount_path(&told.mountpoint, true) {
+        tracing::error!(%error, "cannot unmount what the daemon left");
+    }
+    aborted
 }

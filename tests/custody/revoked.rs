@@ -229,3 +229,23 @@ fn a_key_file_that_is_taken_away() {
     drop(open);
     v.umount();
 }
+
+#[test]
+fn a_canary_that_the_backing_store_made_up_is_not_asked_about() {
+    let v = TestVolume::init();
+    // One of two copies, in the part that authenticates it, and that a mount mends.
+    let path = v.backing().join("lethefs.volume");
+    let genuine = fs::read_to_string(&path).unwrap();
+    let at = genuine.find("\"canary\":\"").unwrap() + 60;
+    let mut forged = genuine.clone().into_bytes();
+    forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
+    fs::write(&path, forged).unwrap();
+    v.mount(&[OFTEN]);
+    assert_eq!(fs::read_to_string(&path).unwrap(), genuine, "mended");
+    fs::write(v.at("file"), "x").unwrap();
+    wait_for("renewals", || (custody(&v)["proofs"].as_u64().unwrap() > 3).then_some(()));
+    let custody = custody(&v);
+    assert_eq!((&custody["state"], &custody["last_seal"]), (&json!("active"), &Value::Null));
+    assert_eq!(fs::read(v.at("file")).unwrap(), b"x");
+    v.umount();
+}

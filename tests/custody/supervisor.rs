@@ -91,6 +91,23 @@ fn another_mount_in_the_dead_ones_place_is_left_alone() {
     assert_eq!(mounts_below(&v.path("")).len(), 2);
 }
 
+#[test]
+fn a_mount_of_ours_in_the_place_of_one_that_is_gone_is_left_alone() {
+    let (v, other) = (TestVolume::mounted(&[]), TestVolume::init());
+    // A daemon that stands still while its mount goes: the next one may get its number.
+    kill_process(v.daemon(), Signal::STOP).unwrap();
+    rustix::mount::unmount(v.mnt(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    let at = v.mnt();
+    other.try_mount_by(&mut other.lethefs(&["mount", "backing", at.to_str().unwrap(), "--json"])).is(0);
+    fs::write(v.at("theirs"), "y").unwrap();
+    let open = File::open(v.at("theirs")).unwrap();
+    kill_process(v.daemon(), Signal::KILL).unwrap();
+    assert_eq!(v.daemon_exit(), None);
+    assert_eq!(peek(&open, 0).unwrap(), b'y');
+    drop(open);
+    other.cli(&["umount", at.to_str().unwrap()]).is(0);
+}
+
 /// `lethefs mount --foreground`: the process that was started, and the daemon's number.
 fn foreground(v: &TestVolume) -> (std::process::Child, Pid) {
     let mut command = v.lethefs(&["mount", "backing", "mnt", "--foreground", "--json"]);
