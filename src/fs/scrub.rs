@@ -4,6 +4,7 @@
 //! statfs(2) as there are workers are made at once, and each request's handler keeps its worker until all are there.
 
 use std::collections::HashSet;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -40,11 +41,16 @@ impl Scrub {
             state.round += 1;
         }
         let call = Arc::new(call);
+        let (tell, ended) = channel();
         for _ in 0..workers {
-            let call = call.clone();
+            let (call, tell) = (call.clone(), tell.clone());
             // Without a thread one worker less comes, and is counted.
-            let _ = std::thread::Builder::new().name("lethefs-scrub".into()).spawn(move || call());
+            let _ = std::thread::Builder::new().name("lethefs-scrub".into()).spawn(move || {
+                call();
+                let _ = tell.send(());
+            });
         }
+        drop(tell);
         let until = Instant::now() + PATIENCE;
         let mut state = lock(&self.state);
         while state.came.len() < workers {
@@ -55,6 +61,9 @@ impl Scrub {
         state.expected = 0;
         drop(state);
         self.changed.notify_all();
+        // A call that is not over keeps the mount in use: an unmount right after a seal would find it so.
+        let over = Instant::now() + PATIENCE;
+        while missing == 0 && ended.recv_timeout(over.saturating_duration_since(Instant::now())).is_ok() {}
         missing
     }
 

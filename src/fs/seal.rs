@@ -190,6 +190,8 @@ impl MountHandle {
         let thread = std::thread::Builder::new().name("lethefs-push".into());
         let spawned = thread.spawn(move || {
             let _ = rustix::fs::syncfs(&root);
+            // Before anybody goes on: it keeps the mount in use.
+            drop(root);
             let _ = tell.send(());
         });
         if spawned.is_ok() {
