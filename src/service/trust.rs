@@ -129,6 +129,20 @@ pub enum TrustError {
         /// What the pin has.
         pinned: u64,
     },
+    /// A saved header of a generation lower than the pin's.
+    #[error(
+        "the saved header {} is older (generation {found}) than this host has seen ({pinned}), and was not put back: use a newer one; if there is none, remove {} and put it back with --trust", header.display(), pin.display()
+    )]
+    OlderHeader {
+        /// The saved header.
+        header: PathBuf,
+        /// The pin's file.
+        pin: PathBuf,
+        /// What the header has.
+        found: u64,
+        /// What the pin has.
+        pinned: u64,
+    },
     /// The key URI given with the command is not the pin's.
     #[error("{given} is not the key of this volume: {why}")]
     OtherKey {

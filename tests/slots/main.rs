@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod audit;
+mod erase;
 mod revoke;
 mod slots;
 #[path = "../support/mod.rs"]

@@ -124,6 +124,10 @@ fn of_pin(pin: &Pin) -> Vec<Target> {
 fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim], removed: &[Claim]) -> Result<(), Error> {
     let pinned = !targets.is_empty();
     for uri in uris {
+        // Named as this host knows it: two servers may have keys of one name.
+        if !matches!(uri, KeyUri::File(_)) && targets.iter().any(|target| target.uri == *uri) {
+            continue;
+        }
         // A name means any key file, so if one is there, its id says which key it is.
         let held = match uri {
             KeyUri::File(_) => kms::admin(uri)?.describe().ok().map(|described| described.identity),
@@ -190,14 +194,21 @@ fn describe(targets: &[Target]) -> Result<Vec<PlannedKey>, Error> {
         if keys.iter().any(|key| key.uri == target.uri && key.identity.same_key(&target.identity)) {
             continue;
         }
-        let described = kms::admin(&target.uri)?.describe();
+        let admin = kms::admin(&target.uri)?;
+        let described = admin.describe();
         let problem = described.as_ref().err().map(ToString::to_string);
+        let (erasable, obstacle) = match admin.may_destroy(&target.identity) {
+            Ok(told) => (told, None),
+            Err(error) => (Some(false), Some(super::run::problem(&error))),
+        };
         keys.push(PlannedKey {
             name: target.identity.name(),
             identity: target.identity.clone(),
             uri: target.uri.clone(),
             description: described.ok(),
             problem,
+            erasable,
+            obstacle,
         });
     }
     Ok(keys)
