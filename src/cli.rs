@@ -35,13 +35,13 @@ lethefs: init needs --kms URI, the key that the volume lives and dies with: choo
       lost; whoever has a copy of it can read them, and an erase is only as good as your knowledge of all its copies.
 ";
 
-/// The program. Returns what the process ends with.
-pub fn main() -> std::process::ExitCode {
+/// The program. Ends the process.
+pub fn main() -> ! {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let called = arguments.first().map(|name| std::path::Path::new(name).file_name().unwrap_or(name).to_string_lossy());
     let helper = called.is_some_and(|name| name.starts_with("mount.fuse") || name.starts_with("mount.lethefs"));
     let code = if helper { as_helper(arguments) } else { as_command(arguments) };
-    std::process::ExitCode::from(code)
+    crate::sys::process::end_at_once(code)
 }
 
 fn as_command(arguments: Vec<OsString>) -> u8 {

@@ -5,6 +5,7 @@
 mod audit;
 mod erase;
 mod revoke;
+mod servers;
 mod slots;
 #[path = "../support/mod.rs"]
 mod support;

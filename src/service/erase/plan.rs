@@ -190,28 +190,44 @@ fn probe(volume: VolumeId, target: &Target, claims: &[Claim]) -> Option<(Binding
 
 fn describe(targets: &[Target]) -> Result<Vec<PlannedKey>, Error> {
     let mut keys: Vec<PlannedKey> = Vec::new();
+    let (mut unconfigured, mut configured) = (None, false);
     for target in targets {
         if keys.iter().any(|key| key.uri == target.uri && key.identity.same_key(&target.identity)) {
             continue;
         }
-        let admin = kms::admin(&target.uri)?;
-        let described = admin.describe();
-        let problem = described.as_ref().err().map(ToString::to_string);
-        let (erasable, obstacle) = match admin.may_destroy(&target.identity) {
-            Ok(told) => (told, None),
-            Err(error) => (Some(false), Some(super::run::problem(&error))),
-        };
-        keys.push(PlannedKey {
+        let mut key = PlannedKey {
             name: target.identity.name(),
             identity: target.identity.clone(),
             uri: target.uri.clone(),
-            description: described.ok(),
-            problem,
-            erasable,
-            obstacle,
-        });
+            description: None,
+            problem: None,
+            erasable: Some(false),
+            obstacle: None,
+        };
+        match kms::admin(&target.uri) {
+            Ok(admin) => {
+                configured = true;
+                let described = admin.describe();
+                key.problem = described.as_ref().err().map(ToString::to_string);
+                key.description = described.ok();
+                match admin.may_destroy(&target.identity) {
+                    Ok(told) => key.erasable = told,
+                    Err(error) => key.obstacle = Some(super::run::problem(&error)),
+                }
+            }
+            // Of two servers this host may know only one: the other's keys are shown all the same.
+            Err(error) => {
+                key.problem = Some(error.to_string());
+                key.obstacle = Some(super::run::problem(&error));
+                unconfigured = unconfigured.or(Some(error));
+            }
+        }
+        keys.push(key);
     }
-    Ok(keys)
+    match unconfigured {
+        Some(error) if !configured => Err(error.into()),
+        _ => Ok(keys),
+    }
 }
 
 fn shared(volume: VolumeId, targets: &[Target]) -> Vec<Shared> {
