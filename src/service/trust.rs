@@ -530,6 +530,15 @@ fn with_uri(mut found: Found, trust: bool, uri: Option<&KeyUri>) -> Result<Found
             }
             Ok(found)
         }
+        // The same key at a server that this host calls by a name: which key it must be stays as pinned.
+        KeyUri::Transit(_) if found.pin.slots().filter(|(_, _, slot)| slot.identity.is_named_by(uri)).count() == 1 => {
+            for slot in found.pin.keks.iter_mut().flat_map(|kek| &mut kek.slots) {
+                if slot.identity.is_named_by(uri) {
+                    slot.uri = uri.clone();
+                }
+            }
+            Ok(found)
+        }
         KeyUri::File(_) | KeyUri::Transit(_) | KeyUri::Pkcs11(_) | KeyUri::Aws(_) => {
             other(format!("this host's pin says {}", slots()))
         }

@@ -35,6 +35,15 @@ fn a_second_server_opens_the_volume_when_the_first_is_away() {
     v.umount();
     v.mount(&["--kms", THERE]);
     v.umount();
+    // A host that learned of the second key from the volume file takes its server for the first: told once, it knows.
+    let pin = v.path("trust").join(id(&v));
+    let text = fs::read_to_string(&pin).unwrap();
+    assert!(text.contains(THERE));
+    fs::write(&pin, text.replace("&server=dr", "")).unwrap();
+    v.try_mount(&["--kms", "hashivault://two?engine=transit"]).is(13);
+    v.mount(&["--kms", THERE]);
+    v.umount();
+    assert!(fs::read_to_string(&pin).unwrap().contains(THERE), "not remembered");
     // A host that has no access to the second server works as before.
     let run = crate::support::volume::Output::of(
         v.lethefs(&["mount", "backing", "mnt"]).env_remove("VAULT_ADDR__DR").env_remove("VAULT_TOKEN__DR"),
