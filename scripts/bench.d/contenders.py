@@ -1,6 +1,7 @@
 """What is measured: each filesystem on a loop ext4 of its own, mounted and unmounted at will."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,14 +17,14 @@ def run(*command, **more):
     return done.stdout
 
 
-def umount(place):
-    """A file that was closed just now may keep it busy for a moment: RELEASE waits for nobody."""
+def umount(*command, **more):
+    """What was closed just now may keep a mount busy for a moment: RELEASE waits for nobody."""
     until = time.monotonic() + 10
     while True:
-        done = subprocess.run(["umount", place], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
         if done.returncode == 0:
             return
-        if "busy" not in done.stderr or time.monotonic() > until:
+        if not re.search("busy|in use", done.stderr) or time.monotonic() > until:
             raise SystemExit(f"bench: {done.stderr.strip()}")
         time.sleep(0.01)
 
@@ -83,7 +84,7 @@ class Contender:
         run("mount", self.loop, self.disk)
 
     def detach(self):
-        umount(self.disk)
+        umount("umount", self.disk)
 
     def mount(self):
         """Nothing of it is in any cache then."""
@@ -120,7 +121,7 @@ class Contender:
         return usage
 
     def stop(self):
-        umount(self.place)
+        umount("umount", self.place)
 
     def abandon(self):
         """Whatever state it is in."""
@@ -175,7 +176,7 @@ class Lethefs(OnTop):
         return [self.program, "mount", "-f", *self.options, os.path.join(self.disk, "files"), self.place]
 
     def stop(self):
-        run(self.program, "umount", self.place, env=self.environment())
+        umount(self.program, "umount", self.place, env=self.environment())
 
 
 class Gocryptfs(OnTop):

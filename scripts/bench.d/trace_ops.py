@@ -119,17 +119,16 @@ class Watch:
 
     def __enter__(self):
         from contenders import family
-        pids = [word for pid in family(self.pid) for word in ("-p", str(pid))]
+        awaited = {str(pid) for pid in family(self.pid)}
+        pids = [word for pid in awaited for word in ("-p", pid)]
         self.strace = subprocess.Popen(["strace", "-f", "-y", "-xx", "-s", "16", "-o", self.path, *pids],
                                        stderr=subprocess.PIPE, text=True)
-        waiting = sum(len(os.listdir(f"/proc/{pid}/task")) for pid in family(self.pid))
-        while waiting:
+        while awaited:
             line = self.strace.stderr.readline()
             if not line:
                 raise SystemExit("bench: strace cannot attach")
-            waiting -= 1 if "attached" in line and "with" not in line else 0
-            many = re.search(r"attached with (\d+) threads", line)
-            waiting -= int(many[1]) if many else 0
+            attached = re.search(r"Process (\d+) attached", line)
+            awaited.discard(attached and attached[1])
         return self
 
     def __exit__(self, *_):
