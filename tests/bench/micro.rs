@@ -1,4 +1,4 @@
-//! Times of single operations: `cargo bench --bench micro`. Nothing asserts one; what must not rise is counted (`counted.rs`).
+//! Times of single operations: `cargo bench --manifest-path tests/bench/Cargo.toml`. Nothing asserts one; what must not rise is counted (`counted.rs`).
 
 mod operations;
 
