@@ -35,13 +35,13 @@ lethefs: init needs --kms URI, the key that the volume lives and dies with: choo
       lost; whoever has a copy of it can read them, and an erase is only as good as your knowledge of all its copies.
 ";
 
-/// The program. Returns what the process ends with.
-pub fn main() -> std::process::ExitCode {
+/// The program. Ends the process.
+pub fn main() -> ! {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let called = arguments.first().map(|name| std::path::Path::new(name).file_name().unwrap_or(name).to_string_lossy());
     let helper = called.is_some_and(|name| name.starts_with("mount.fuse") || name.starts_with("mount.lethefs"));
     let code = if helper { as_helper(arguments) } else { as_command(arguments) };
-    std::process::ExitCode::from(code)
+    crate::sys::process::end_at_once(code)
 }
 
 fn as_command(arguments: Vec<OsString>) -> u8 {
@@ -254,8 +254,14 @@ fn run_erase(given: &args::Erase) -> Result<u8, Error> {
     // The volume id that names a stolen disk's volume on the command line confirms it as well.
     let volume = given.confirm_volume.clone().or_else(|| given.volume_id.clone());
     let confirmation = match (volume, given.confirm_key.is_empty()) {
-        (Some(volume), false) => erase::Confirmation { volume, keys: given.confirm_key.clone(), also },
-        (volume, _) => ask(&prepared, volume, &given.confirm_key, also)?,
+        (Some(volume), false) => {
+            erase::Confirmation { volume, keys: given.confirm_key.clone(), also, partial: given.partial }
+        }
+        (volume, _) => {
+            let mut typed = ask(&prepared, volume, &given.confirm_key, also)?;
+            typed.partial = given.partial;
+            typed
+        }
     };
     let outcome = prepared.confirm(&confirmation)?.run()?;
     output::complain(&output::warnings(&outcome.report.warnings));
@@ -287,9 +293,12 @@ fn ask(
     let volume = volume.unwrap_or_else(|| read("the volume id"));
     let mut typed = keys.to_vec();
     if typed.is_empty() {
-        typed = prepared.key_names().iter().map(|_| read("the name of a key")).collect();
+        let count = prepared.key_names().len();
+        typed = (1..=count)
+            .map(|n| if count == 1 { read("the key's name") } else { read(&format!("the name of key {n} of {count}")) })
+            .collect();
     }
-    Ok(erase::Confirmation { volume, keys: typed, also })
+    Ok(erase::Confirmation { volume, keys: typed, also, partial: false })
 }
 
 fn run_fsck(given: &args::Fsck) -> Result<u8, Error> {
@@ -351,7 +360,12 @@ fn run_audit(command: &args::Audit) -> Result<u8, Error> {
             Ok(exit::of_audit(&report.verdict).code())
         }
         args::Audit::Show { path } => {
-            audit::show(path, |record| output::print(&output::record(&record)))?;
+            let shown = audit::show(path, |record| output::print(&output::record(&record)))?;
+            if shown.other > 0 {
+                let line =
+                    format!("{} lines are no records and are not shown: see `lethefs audit verify`", shown.other);
+                output::complain(&output::warnings(&[line]));
+            }
             Ok(0)
         }
     }

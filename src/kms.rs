@@ -217,6 +217,13 @@ pub trait KeyAdmin: Send + Sync {
     /// Any [`KmsError`].
     fn restore(&self) -> Result<(), KmsError>;
 
+    /// Whether [`destroy`](Self::destroy) would be let, found out without changing anything. `Some(true)`: the service says so, or
+    /// the key is gone already. `None`: nothing speaks against it, but the service does not tell what these credentials may.
+    ///
+    /// # Errors
+    /// What would keep it from being destroyed: a missing right, another key, no answer.
+    fn may_destroy(&self, identity: &KeyIdentity) -> Result<Option<bool>, KmsError>;
+
     /// Destroys the key or schedules it. Refuses, having changed nothing, a key that is not `identity`
     /// (another cluster, or re-created under the same name). A key that is already gone is [`Destruction::CarriedOut`].
     ///

@@ -1,11 +1,9 @@
 //! The program: see the library's `cli`.
 
-use std::process::ExitCode;
-
 /// Whatever library held a key or plaintext, it does not stay in freed memory.
 #[global_allocator]
 static ALLOCATOR: lethefs::sys::wiping::Wiping = lethefs::sys::wiping::Wiping;
 
-fn main() -> ExitCode {
+fn main() {
     lethefs::cli::main()
 }

@@ -114,15 +114,17 @@ pub fn files_of(path: &Path) -> io::Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// The system's.
-pub fn records(files: &[PathBuf], mut each: impl FnMut(Record)) -> io::Result<()> {
+pub fn records(files: &[PathBuf], mut each: impl FnMut(Record)) -> io::Result<u64> {
+    let mut other = 0;
     for file in files {
         for line in std::fs::read(file)?.split_inclusive(|byte| *byte == b'\n') {
-            if let Some((record, _)) = decode(line) {
-                each(record);
+            match decode(line) {
+                Some((record, _)) => each(record),
+                None => other += 1,
             }
         }
     }
-    Ok(())
+    Ok(other)
 }
 
 /// Checks a log's files, in their order.

@@ -37,7 +37,7 @@ pub enum Command {
     Revoke(Revoke),
     /// Bring suspended keys back, and have mounts on this host go on
     Restore(Revoke),
-    /// Look at keys
+    /// List, check, add and remove the keys that open a volume; save and put back its header
     Keys {
         /// What to do
         #[command(subcommand)]
@@ -195,6 +195,9 @@ pub struct Erase {
     /// Confirm: another volume that dies with the same key; once for each
     #[arg(long, value_name = "ID")]
     pub also_erases: Vec<String>,
+    /// Destroy the keys that can be destroyed, although others cannot and still open the volume. Without it, all or none
+    #[arg(long)]
+    pub partial: bool,
     /// The key, for a volume that this host has no pin of; may be repeated
     #[arg(long, value_name = "URI")]
     pub key: Vec<String>,

@@ -41,7 +41,7 @@ pub enum ExitCode {
     Repaired = 20,
     /// A check found damage that is still there.
     Damaged = 21,
-    /// `revoke` or `restore` did not reach every key.
+    /// `revoke` or `restore` did not reach every key, or an `erase` would not and therefore changed nothing.
     NotAllKeys = 23,
     /// An audit log is not as it was written.
     AuditBroken = 22,
@@ -60,6 +60,7 @@ pub fn code(error: &Error) -> ExitCode {
         Error::Usage(_) | Error::BadUri(_) => ExitCode::Usage,
         Error::Meta(error) => match error {
             MetaError::NotAVolume
+            | MetaError::Lost
             | MetaError::Damaged(_)
             | MetaError::NewerFormat(_)
             | MetaError::UnknownFeature(_)
@@ -67,7 +68,7 @@ pub fn code(error: &Error) -> ExitCode {
             MetaError::Keyring(_) | MetaError::Io(_) => ExitCode::Failed,
         },
         Error::Trust(error) => match error {
-            TrustError::Older { .. } => ExitCode::BadVolume,
+            TrustError::Older { .. } | TrustError::OlderHeader { .. } => ExitCode::BadVolume,
             TrustError::NoPin { .. }
             | TrustError::Differs { .. }
             | TrustError::OtherKey { .. }

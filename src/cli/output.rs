@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
-use serde::Serialize;
+use serde::{Deserialize as _, Serialize};
+use serde_json::Value;
 use zeroize::Zeroizing;
 
 use crate::audit::Record;
@@ -123,6 +124,7 @@ pub fn status(report: &StatusReport) -> String {
             );
         }
         if let Some(counters) = live.counters.as_object() {
+            line("counters", "since it was mounted");
             for (name, value) in counters.iter().filter(|(name, value)| *name != "sealed" && !value.is_null()) {
                 let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
                 line(&format!("  {name}"), &format!(" {value}"));
@@ -149,6 +151,9 @@ fn lease(custody: &CustodyStatus) -> String {
     }
     if let Some(deadline) = custody.seals_in_s {
         let _ = write!(text, ", seals in {} without an answer", seconds(deadline));
+    }
+    if custody.state == "held" {
+        text.push_str(": sealed on request; `lethefs restore` on its mountpoint or a new mount opens it again");
     }
     text
 }
@@ -180,6 +185,15 @@ pub fn plan(plan: &Plan) -> String {
         if let Some(problem) = &planned.problem {
             let _ = writeln!(text, "            could not be described now: {}", safe(problem));
         }
+        match (planned.erasable, &planned.obstacle) {
+            (_, Some(why)) => {
+                let _ = writeln!(text, "            cannot be destroyed from here: {}", safe(why));
+            }
+            (None, None) => {
+                text.push_str("            its service does not tell whether these credentials may destroy it\n")
+            }
+            (Some(_), None) => {}
+        }
         for warning in planned.description.iter().flat_map(|description| &description.warnings) {
             let _ = writeln!(text, "            {}", safe(warning));
         }
@@ -206,14 +220,11 @@ pub fn plan(plan: &Plan) -> String {
             let _ = writeln!(text, "            and {} entries that could not be looked at", contents.unreadable);
         }
     }
-    for mount in &plan.live_mounts {
-        let state = match (mount.reachable, mount.volume_id) {
-            (true, _) => "will be sealed",
-            (false, Some(_)) => "does not answer, cannot be sealed",
-            (false, None) => "of a volume that cannot be told from here",
-        };
+    for mount in plan.live_mounts.iter().filter(|mount| mount.volume_id.is_some()) {
+        let state = if mount.reachable { "will be sealed" } else { "does not answer, cannot be sealed" };
         let _ = writeln!(text, "mounted     {} ({state})", safe(&mount.mountpoint));
     }
+    foreign_mounts(&mut text, plan);
     if let Some(journal) = &plan.begun {
         let _ = writeln!(text, "begun       {}", journal.sentence());
     }
@@ -323,11 +334,26 @@ pub fn revoke_plan(plan: &Plan) -> String {
     for shared in &plan.shared_with {
         let _ = writeln!(text, "as well     volume {} {} has the same key", shared.volume_id, safe(&shared.label));
     }
-    for mount in &plan.live_mounts {
+    for mount in plan.live_mounts.iter().filter(|mount| mount.volume_id.is_some()) {
         let state = if mount.reachable { "will be sealed" } else { "cannot be asked from here" };
         let _ = writeln!(text, "mounted     {} ({state})", safe(&mount.mountpoint));
     }
+    foreign_mounts(&mut text, plan);
     text
+}
+
+/// Other users' mounts, on one line: they may be of any volume.
+fn foreign_mounts(text: &mut String, plan: &Plan) {
+    const SHOWN: usize = 3;
+    let all: Vec<String> = plan.foreign_mounts().map(safe).collect();
+    if !all.is_empty() {
+        let more = if all.len() > SHOWN { format!(" and {} more", all.len() - SHOWN) } else { String::new() };
+        let shown = all[..all.len().min(SHOWN)].join(", ");
+        let _ = writeln!(
+            text,
+            "not told    {shown}{more}: lethefs mounts of other users, which may be of this volume or not"
+        );
+    }
 }
 
 /// `revoke`, `restore`
@@ -454,22 +480,45 @@ pub fn audit(report: &audit::Report) -> String {
 /// One record of `audit show`
 pub fn record(record: &Record) -> String {
     let mut text = format!("{:>6}  {}  {:<14}", record.seq, safe(&record.time), safe(&record.event));
-    for (name, value) in record.data.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
-        let value = match (name.as_str(), value.as_str()) {
-            (_, Some(word)) => safe(word),
-            ("key", None) => match serde_json::from_value::<KeyIdentity>(value.clone()) {
-                Ok(identity) => identity.name(),
-                Err(_) => value.to_string(),
-            },
-            _ => value.to_string(),
-        };
-        let _ = write!(text, " {}={}", safe(name), safe(&value));
-    }
+    fields(&mut text, &record.data);
     let login = record.login.map_or_else(String::new, |uid| format!(" (logged in as {uid})"));
     let peer =
         record.peer.map_or_else(String::new, |peer| format!(", asked by user {} process {}", peer.uid, peer.pid));
     let _ = writeln!(text, "  [user {}{login} process {} on {}{peer}]", record.uid, record.pid, safe(&record.host));
+    // Each key of an erase on a line of its own.
+    for key in record.data["keys"].as_array().into_iter().flatten() {
+        text.push_str("        key");
+        fields(&mut text, key);
+        text.push('\n');
+    }
     text
+}
+
+/// Fields of a record as `name=value`; what is nested, without its braces.
+fn fields(text: &mut String, data: &Value) {
+    for (name, value) in data.as_object().into_iter().flatten() {
+        let value = match value {
+            Value::Null => continue,
+            Value::Array(_) if name == "keys" => continue,
+            // Every key that this program knows; what a newer one records is shown like anything else.
+            Value::Object(_) if name == "key" && KeyIdentity::deserialize(value).is_ok() => {
+                KeyIdentity::deserialize(value).map(|key| key.name()).unwrap_or_default()
+            }
+            Value::Object(_) => {
+                let _ = write!(text, " {}:", safe(name));
+                fields(text, value);
+                continue;
+            }
+            Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(","),
+            other => plain(other),
+        };
+        let _ = write!(text, " {}={}", safe(name), safe(&value));
+    }
+}
+
+/// A value without the quotes of JSON.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 /// `keys check`

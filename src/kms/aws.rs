@@ -12,6 +12,10 @@ mod client;
 pub mod config;
 mod key;
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use aws_sdk_kms::operation::RequestId;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::{DataKeySpec, KeyState};
 use base64::Engine as _;
@@ -39,6 +43,8 @@ const MAX_BLOB: usize = 6144;
 pub struct Aws {
     key: AwsKey,
     client: Client,
+    /// Of the last request that made, opened or changed something.
+    request_id: Mutex<Option<String>>,
 }
 
 /// The encryption context. It stands in CloudTrail in clear.
@@ -72,7 +78,7 @@ impl Aws {
 
     /// The key, with given limits. Credentials and address are the environment's all the same.
     pub fn new(key: &AwsKey, config: Config) -> Self {
-        Self { key: key.clone(), client: Client::new(config, key.region.clone()) }
+        Self { key: key.clone(), client: Client::new(config, key.region.clone()), request_id: Mutex::default() }
     }
 
     /// The key's description: of the key that the URI names, or of the recorded one.
@@ -146,65 +152,79 @@ impl Aws {
     }
 }
 
-impl KeySource for Aws {
-    fn make(&self, binding: &Binding) -> Result<MadeKey, KmsError> {
+/// The encryption context, as the client takes it.
+fn sent(binding: &Binding) -> Option<HashMap<String, String>> {
+    Some(context(binding).map(|(name, value)| (name.to_owned(), value)).into())
+}
+
+/// What a reply that wraps says, if it is about the key that was asked.
+fn wrapped_by(info: &KeyInfo, key_id: Option<&str>, blob: Option<Blob>, did: &str) -> Result<Wrapped, KmsError> {
+    let odd = |what: &str| KmsError::new(Failure::Protocol, format!("AWS KMS {did} a key {what}"));
+    if key_id != Some(&info.arn) {
+        return Err(odd("under another key than was asked"));
+    }
+    let blob = blob.map(Blob::into_inner).unwrap_or_default();
+    if !(1..=MAX_BLOB).contains(&blob.len()) {
+        return Err(odd("without its wrapped form"));
+    }
+    Ok(Wrapped(format!("{PREFIX}{}", STANDARD.encode(blob))))
+}
+
+impl Aws {
+    /// Keeps the service's number of a request that did something.
+    fn note(&self, reply: &impl RequestId) {
+        let id = reply.request_id().map(str::to_owned);
+        *self.request_id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+    }
+
+    fn noted(&self) -> Option<String> {
+        self.request_id.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The key, if KEKs may be wrapped under it.
+    fn suitable(&self) -> Result<KeyInfo, KmsError> {
         let info = self.info(&self.key.key).map_err(|refused| refused.error)?;
         info.check_suitable()?;
         for warning in info.warnings() {
             tracing::warn!(key = %info.arn, "{warning}");
         }
-        let context = context(binding).map(|(name, value)| (name.to_owned(), value));
-        let reply =
-            self.client
-                .call(async |client| {
-                    let request = client.generate_data_key().key_id(&info.arn).key_spec(DataKeySpec::Aes256);
-                    request.set_encryption_context(Some(context.clone().into())).send().await
-                })
-                .map_err(|refused| {
-                    if refused.meaning == Meaning::State { self.state(refused, &info.arn) } else { refused.error }
-                })?;
-        let odd = |what: &str| KmsError::new(Failure::Protocol, format!("AWS KMS made a key {what}"));
+        Ok(info)
+    }
+
+    /// Why the key does not wrap.
+    fn no_wrap(&self, refused: Refused, arn: &str) -> KmsError {
+        if refused.meaning == Meaning::State { self.state(refused, arn) } else { refused.error }
+    }
+}
+
+impl KeySource for Aws {
+    fn make(&self, binding: &Binding) -> Result<MadeKey, KmsError> {
+        let info = self.suitable()?;
+        let reply = self.client.call(async |client| {
+            let request = client.generate_data_key().key_id(&info.arn).key_spec(DataKeySpec::Aes256);
+            request.set_encryption_context(sent(binding)).send().await
+        });
+        let reply = reply.map_err(|refused| self.no_wrap(refused, &info.arn))?;
+        self.note(&reply);
         let key = reply.plaintext.map(|blob| Zeroizing::new(blob.into_inner())).and_then(Key32::from_zeroizing);
-        let key = key.ok_or_else(|| odd("that is not of 256 bits"))?;
-        if reply.key_id.as_deref() != Some(&info.arn) {
-            return Err(odd("under another key than was asked"));
-        }
-        let blob = reply.ciphertext_blob.map(Blob::into_inner).unwrap_or_default();
-        if !(1..=MAX_BLOB).contains(&blob.len()) {
-            return Err(odd("without its wrapped form"));
-        }
-        let wrapped = Wrapped(format!("{PREFIX}{}", STANDARD.encode(blob)));
+        let key = key.ok_or_else(|| KmsError::new(Failure::Protocol, "AWS KMS made a key that is not of 256 bits"))?;
+        let wrapped = wrapped_by(&info, reply.key_id.as_deref(), reply.ciphertext_blob, "made")?;
         Ok(MadeKey { key, wrapped, identity: info.identity() })
     }
 
     /// `Encrypt`, which a mount host has no right to.
     fn wrap(&self, binding: &Binding, key: &Key32) -> Result<WrappedKey, KmsError> {
-        let info = self.info(&self.key.key).map_err(|refused| refused.error)?;
-        info.check_suitable()?;
-        for warning in info.warnings() {
-            tracing::warn!(key = %info.arn, "{warning}");
-        }
-        let context = context(binding).map(|(name, value)| (name.to_owned(), value));
-        let reply =
-            self.client
-                .call(async |client| {
-                    // The client's own copy; freed memory is wiped by the allocator.
-                    let plaintext = key.expose(|bytes| Blob::new(bytes.as_slice()));
-                    let request = client.encrypt().key_id(&info.arn).plaintext(plaintext);
-                    request.set_encryption_context(Some(context.clone().into())).send().await
-                })
-                .map_err(|refused| {
-                    if refused.meaning == Meaning::State { self.state(refused, &info.arn) } else { refused.error }
-                })?;
-        let odd = |what: &str| KmsError::new(Failure::Protocol, format!("AWS KMS wrapped a key {what}"));
-        if reply.key_id.as_deref() != Some(&info.arn) {
-            return Err(odd("under another key than was asked"));
-        }
-        let blob = reply.ciphertext_blob.map(Blob::into_inner).unwrap_or_default();
-        if !(1..=MAX_BLOB).contains(&blob.len()) {
-            return Err(odd("and gave nothing back"));
-        }
-        Ok(WrappedKey { wrapped: Wrapped(format!("{PREFIX}{}", STANDARD.encode(blob))), identity: info.identity() })
+        let info = self.suitable()?;
+        let reply = self.client.call(async |client| {
+            // The client's own copy; freed memory is wiped by the allocator.
+            let plaintext = key.expose(|bytes| Blob::new(bytes.as_slice()));
+            let request = client.encrypt().key_id(&info.arn).plaintext(plaintext);
+            request.set_encryption_context(sent(binding)).send().await
+        });
+        let reply = reply.map_err(|refused| self.no_wrap(refused, &info.arn))?;
+        self.note(&reply);
+        let wrapped = wrapped_by(&info, reply.key_id.as_deref(), reply.ciphertext_blob, "wrapped")?;
+        Ok(WrappedKey { wrapped, identity: info.identity() })
     }
 
     fn unwrap(&self, binding: &Binding, wrapped: &Wrapped, identity: &KeyIdentity) -> Result<Key32, KmsError> {
@@ -222,6 +242,7 @@ impl KeySource for Aws {
         if reply.key_id.as_deref() != Some(arn) {
             return Err(KmsError::new(Failure::Protocol, "AWS KMS unwrapped with another key than was asked"));
         }
+        self.note(&reply);
         let key = reply.plaintext.map(|blob| Zeroizing::new(blob.into_inner())).and_then(Key32::from_zeroizing);
         key.ok_or_else(|| KmsError::new(Failure::Protocol, "AWS KMS gave something that is not a 256-bit key"))
     }
@@ -245,6 +266,10 @@ impl KeySource for Aws {
         };
         Ok(Permissions { make: None, unwrap: None, describe: Some(describe), suspend: None, destroy: None })
     }
+
+    fn last_request_id(&self) -> Option<String> {
+        self.noted()
+    }
 }
 
 impl Aws {
@@ -254,10 +279,9 @@ impl Aws {
         binding: &Binding,
         blob: &[u8],
     ) -> Result<aws_sdk_kms::operation::decrypt::DecryptOutput, Refused> {
-        let context = context(binding).map(|(name, value)| (name.to_owned(), value));
         self.client.call(async |client| {
             let request = client.decrypt().key_id(arn).ciphertext_blob(Blob::new(blob));
-            request.set_encryption_context(Some(context.clone().into())).send().await
+            request.set_encryption_context(sent(binding)).send().await
         })
     }
 }

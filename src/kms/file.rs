@@ -200,6 +200,20 @@ impl KeyAdmin for KeyFile {
         store::restore(&self.path)
     }
 
+    fn may_destroy(&self, recorded: &KeyIdentity) -> Result<Option<bool>, KmsError> {
+        let KeyIdentity::File { key_id, .. } = recorded else { return Err(self.not_ours()) };
+        match store::look(&self.path) {
+            Ok((stored, _)) if stored.key_id != *key_id => Err(self.other_key(&stored)),
+            Ok(_) if store::may_change_directory(&self.path) => Ok(Some(true)),
+            Ok(_) => Err(KmsError::new(
+                Failure::Denied,
+                format!("{} lies in a directory that may not be changed from here", self.what()),
+            )),
+            Err(error) if error.failure == Failure::Missing => Ok(Some(true)),
+            Err(error) => Err(error),
+        }
+    }
+
     fn destroy(&self, recorded: &KeyIdentity) -> Result<Destruction, KmsError> {
         let KeyIdentity::File { key_id, .. } = recorded else { return Err(self.not_ours()) };
         match store::wipe(&self.path, key_id)? {

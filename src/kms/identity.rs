@@ -152,7 +152,7 @@ impl KeyIdentity {
     pub fn uri(&self) -> Option<KeyUri> {
         let uri = match self {
             Self::Transit { engine, key, .. } => {
-                KeyUri::Transit(TransitKey { engine: engine.clone(), key: key.clone() })
+                KeyUri::Transit(TransitKey { engine: engine.clone(), key: key.clone(), server: None })
             }
             Self::Pkcs11 { token_serial, token_manufacturer, token_model, token_label, key_id, .. } => {
                 let given = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());

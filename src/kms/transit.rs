@@ -61,7 +61,7 @@ impl Transit {
     /// # Errors
     /// [`Failure::Config`] with the variable that is missing or wrong.
     pub fn from_env(key: &TransitKey) -> Result<Self, KmsError> {
-        Ok(Self::new(key, Config::from_env()?))
+        Ok(Self::new(key, Config::from_env(key.server.as_deref())?))
     }
 
     /// The key, at a given server.
@@ -71,7 +71,8 @@ impl Transit {
 
     /// The key, for messages.
     fn what(&self) -> String {
-        format!("Transit key {} (engine {})", self.key.key, self.key.engine)
+        let server = self.key.server.as_ref().map_or_else(String::new, |server| format!(", server {server}"));
+        format!("Transit key {} (engine {}{server})", self.key.key, self.key.engine)
     }
 
     /// Keeps the server's number of a request that did something.
@@ -100,7 +101,7 @@ impl Transit {
             Meaning::Nothing => Err(KmsError::new(
                 Failure::Missing,
                 format!(
-                    "{} is not there: check the name, or have it made with `{}`",
+                    "{} is not there: check the name. For a new volume it is made with `{}`; if it was deleted, a new one opens nothing of what it wrapped",
                     self.what(),
                     create_command(&self.key.engine, &self.key.key)
                 ),
@@ -138,6 +139,25 @@ impl Transit {
         .map_err(|()| {
             KmsError::new(Failure::Protocol, format!("{} gave something that is not a 256-bit key", self.what()))
         })
+    }
+}
+
+impl Transit {
+    /// Whether these credentials have each right, if the server tells.
+    fn granted(&self, paths: &[(String, &str)]) -> Result<Vec<Option<bool>>, KmsError> {
+        let body = json!({ "paths": paths.iter().map(|(path, _)| path).collect::<Vec<_>>() });
+        let reply = self.client.call(&Method::POST, "sys/capabilities-self", Some(&body), None)?;
+        let granted: Option<std::collections::BTreeMap<String, serde_json::Value>> = match classify(&reply).0 {
+            Meaning::Done => Some(reply.data()?),
+            // A token without the default policy may not even ask.
+            Meaning::NotGranted => None,
+            _ => return Err(reply.refuse(&self.what(), "tell what is allowed")),
+        };
+        let has = |(path, needed): &(String, &str)| {
+            let list = granted.as_ref()?.get(path)?.as_array()?;
+            Some(list.iter().any(|granted| granted == needed || granted == "root"))
+        };
+        Ok(paths.iter().map(has).collect())
     }
 }
 
@@ -240,18 +260,8 @@ impl KeySource for Transit {
             (format!("{}/soft-delete", self.key_path()), "delete"),
             (self.key_path(), "delete"),
         ];
-        let body = json!({ "paths": paths.iter().map(|(path, _)| path).collect::<Vec<_>>() });
-        let reply = self.client.call(&Method::POST, "sys/capabilities-self", Some(&body), None)?;
-        let granted: Option<std::collections::BTreeMap<String, serde_json::Value>> = match classify(&reply).0 {
-            Meaning::Done => Some(reply.data()?),
-            // A token without the default policy may not even ask.
-            Meaning::NotGranted => None,
-            _ => return Err(reply.refuse(&self.what(), "tell what is allowed")),
-        };
-        let [make, unwrap, describe, suspend, destroy] = paths.map(|(path, needed)| {
-            let list = granted.as_ref()?.get(&path)?.as_array()?;
-            Some(list.iter().any(|granted| granted == needed || granted == "root"))
-        });
+        let granted = self.granted(&paths)?;
+        let [make, unwrap, describe, suspend, destroy] = std::array::from_fn(|n| granted[n]);
         Ok(Permissions { make, unwrap, describe, suspend, destroy })
     }
 

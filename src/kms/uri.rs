@@ -40,6 +40,9 @@ pub struct TransitKey {
     pub engine: String,
     /// Name of the key.
     pub key: String,
+    /// Which of this host's servers, if not the one of `VAULT_ADDR`: a name whose address and credentials the environment has
+    /// (docs/KMS.md).
+    pub server: Option<String>,
 }
 
 /// Text that is not a key URI, or not one that this build accepts. The line never holds a credential.
@@ -128,14 +131,21 @@ fn transit(rest: &str) -> Result<TransitKey, BadUri> {
     };
     let key = decode_text(key, "the key's name")?;
     check_component(&key, "the key's name")?;
-    let mut engine = None;
+    let (mut engine, mut server) = (None, None);
     for parameter in query.into_iter().flat_map(|query| query.split('&')) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        if name != "engine" {
-            return bad(format!("unknown parameter {} in a hashivault:// URI: only `engine` is known", shown(name)));
+        if name == "server" && server.is_none() {
+            server = Some(server_name(value)?);
+            continue;
         }
-        if engine.is_some() {
-            return bad("the parameter `engine` is given twice");
+        if name != "engine" && name != "server" {
+            return bad(format!(
+                "unknown parameter {} in a hashivault:// URI: only `engine` and `server` are known",
+                shown(name)
+            ));
+        }
+        if engine.is_some() || name == "server" {
+            return bad(format!("the parameter `{name}` is given twice"));
         }
         let value = decode_text(value, "the engine's path")?;
         for component in value.split('/') {
@@ -143,7 +153,19 @@ fn transit(rest: &str) -> Result<TransitKey, BadUri> {
         }
         engine = Some(value);
     }
-    Ok(TransitKey { engine: engine.unwrap_or_else(|| DEFAULT_ENGINE.to_owned()), key })
+    Ok(TransitKey { engine: engine.unwrap_or_else(|| DEFAULT_ENGINE.to_owned()), key, server })
+}
+
+/// A server's name on this host: part of names of variables, so nothing that two of them could be told apart by case.
+fn server_name(text: &str) -> Result<String, BadUri> {
+    let good = (1..=32).contains(&text.len())
+        && text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    if good {
+        Ok(text.to_owned())
+    } else {
+        bad("`server` is a name of small letters and digits, as in server=dr: never an address")
+    }
 }
 
 fn file(rest: &str) -> Result<PathBuf, BadUri> {
@@ -234,7 +256,10 @@ fn write_path(path: &Path, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 impl fmt::Display for KeyUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Transit(TransitKey { engine, key }) => write!(f, "hashivault://{key}?engine={engine}"),
+            Self::Transit(TransitKey { engine, key, server }) => {
+                write!(f, "hashivault://{key}?engine={engine}")?;
+                server.as_ref().map_or(Ok(()), |server| write!(f, "&server={server}"))
+            }
             Self::Pkcs11(key) => key.fmt(f),
             Self::Aws(key) => key.fmt(f),
             Self::File(path) => {
@@ -273,12 +298,16 @@ mod tests {
         for (text, engine, key) in [
             ("hashivault://vol1", "transit", "vol1"),
             ("hashivault://vol1?engine=transit", "transit", "vol1"),
+            ("hashivault://vol1?server=dr2", "transit", "vol1"),
+            ("hashivault://vol1?server=dr2&engine=a/b", "a/b", "vol1"),
             ("hashivault://Vol_1.a-b?engine=team-a/transit.2", "team-a/transit.2", "Vol_1.a-b"),
             ("hashivault://vol%31?engine=team%2Ftransit", "team/transit", "vol1"),
         ] {
+            let server = text.contains("server").then(|| "dr2".to_owned());
+            let more = if server.is_some() { "&server=dr2" } else { "" };
             let uri: KeyUri = text.parse().expect(text);
-            assert_eq!(uri, KeyUri::Transit(TransitKey { engine: engine.into(), key: key.into() }), "{text}");
-            assert_eq!(uri.to_string(), format!("hashivault://{key}?engine={engine}"));
+            assert_eq!(uri, KeyUri::Transit(TransitKey { engine: engine.into(), key: key.into(), server }), "{text}");
+            assert_eq!(uri.to_string(), format!("hashivault://{key}?engine={engine}{more}"));
         }
         let paths = [("file:///etc/k", "/etc/k"), ("file:///a%20b/%C3%A9@x", "/a b/é@x"), ("file:///é", "/é")];
         for (text, path) in paths {
@@ -297,6 +326,11 @@ mod tests {
     #[test]
     fn bad_uris_are_refused_with_a_reason() {
         for (text, reason) in [
+            ("hashivault://k?server=", "never an address"),
+            ("hashivault://k?server=Dr", "never an address"),
+            ("hashivault://k?server=bao.example", "never an address"),
+            ("hashivault://k?server=a_b", "never an address"),
+            ("hashivault://k?server=a&server=b", "`server` is given twice"),
             ("", "begins with its scheme"),
             ("vol1", "begins with its scheme"),
             ("://vol1", "begins with its scheme"),

@@ -95,8 +95,23 @@ pub fn verify(path: &Path, expected: &Expected) -> Result<Report, Error> {
 ///
 /// # Errors
 /// As [`verify`].
-pub fn show(path: &Path, each: impl FnMut(Record)) -> Result<(), Error> {
-    audit::records(&files(path)?, each).map_err(Error::io("cannot read the audit log"))
+pub fn show(path: &Path, mut each: impl FnMut(Record)) -> Result<Shown, Error> {
+    let mut records = 0_u64;
+    let other = audit::records(&files(path)?, |record| {
+        records += 1;
+        each(record);
+    });
+    let other = other.map_err(Error::io("cannot read the audit log"))?;
+    if records == 0 && other > 0 {
+        return Err(Error::Usage(format!("{} is no audit log: no line of it is a record", path.display())));
+    }
+    Ok(Shown { other })
+}
+
+/// What `audit show` could not show.
+pub struct Shown {
+    /// Lines that are no record.
+    pub other: u64,
 }
 
 fn files(path: &Path) -> Result<Vec<PathBuf>, Error> {

@@ -5,6 +5,7 @@
 //! only carries over when things happened, and that a key file was there before it was destroyed.
 
 mod plan;
+mod ready;
 mod run;
 
 use std::os::fd::OwnedFd;
@@ -84,6 +85,10 @@ pub struct PlannedKey {
     pub description: Option<KeyDescription>,
     /// Why it says nothing.
     pub problem: Option<String>,
+    /// Whether these credentials may destroy it, found out without trying. Null: the key service does not tell.
+    pub erasable: Option<bool>,
+    /// What would keep it from being destroyed.
+    pub obstacle: Option<String>,
 }
 
 /// A volume that shares a key.
@@ -114,10 +119,12 @@ pub struct Prepared {
     backing: Option<OwnedFd>,
 }
 
-/// An erase that may act.
+/// An erase that may act. Unless `partial` was asked for, an erase of several keys destroys none as long as it is known that another
+/// would be left: what is lost must not be some keys, and with them some hosts' access, for nothing.
 pub struct Confirmed {
     prepared: Prepared,
     place: Place,
+    partial: bool,
 }
 
 /// What a person typed to confirm.
@@ -129,6 +136,22 @@ pub struct Confirmation {
     pub keys: Vec<String>,
     /// Other volumes that may die with the keys.
     pub also: Vec<VolumeId>,
+    /// Destroy what can be destroyed, although keys are left that open the volume.
+    pub partial: bool,
+}
+
+impl Plan {
+    /// Where mounts are of which nobody here can tell whether they are of these volumes: other users', mostly.
+    pub fn foreign_mounts(&self) -> impl Iterator<Item = &str> {
+        self.live_mounts.iter().filter(|mount| mount.volume_id.is_none()).map(|mount| mount.mountpoint.as_str())
+    }
+
+    /// A warning for each mount of these volumes that could not be sealed or asked. Mounts that may be of any volume are no reason to
+    /// worry somebody; the plan lists them.
+    pub(super) fn unreached<'a>(&'a self, done: &'a str) -> impl Iterator<Item = String> + 'a {
+        let ours = self.live_mounts.iter().filter(|mount| !mount.reachable && mount.volume_id.is_some());
+        ours.map(move |mount| format!("the mount at {} could not be reached and was not {done}", mount.mountpoint))
+    }
 }
 
 impl Prepared {
@@ -153,7 +176,10 @@ impl Prepared {
         typed.sort();
         typed.dedup();
         if typed != self.key_names() {
-            return refuse("the key names typed are not this volume's: type every one of them".into());
+            return refuse(format!(
+                "the key names typed are not this volume's keys: {}",
+                differ(&self.key_names(), &typed)
+            ));
         }
         let unnamed: Vec<String> = self
             .plan
@@ -172,6 +198,17 @@ impl Prepared {
             Some(fd) => Place::Backing(fd.try_clone().map_err(Error::io("cannot duplicate a descriptor"))?),
             None => Place::on_host(self.plan.volume_id).map_err(Error::io("no place for the journal of the erase"))?,
         };
-        Ok(Confirmed { prepared: self, place })
+        Ok(Confirmed { prepared: self, place, partial: confirmation.partial })
     }
+}
+
+/// What was typed beside what had to be.
+fn differ(wanted: &[String], typed: &[String]) -> String {
+    let list = |of: &[String], without: &[String], what: &str| {
+        let names: Vec<String> =
+            of.iter().filter(|name| !without.contains(name)).map(|name| name.escape_debug().to_string()).collect();
+        (!names.is_empty()).then(|| format!("{what} {}", names.join(", ")))
+    };
+    let parts = [list(wanted, typed, "not typed:"), list(typed, wanted, "no key of it:")];
+    parts.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }

@@ -14,7 +14,7 @@ use super::record::{self, path_text};
 use super::{Error, SCHEMA, audit, mountinfo, umount};
 use crate::audit::Event;
 use crate::crypto::VolumeId;
-use crate::kms::{self, Failure, KeyIdentity, KeyUri};
+use crate::kms::{self, Failure, KeyAdmin, KeyIdentity, KeyUri};
 
 /// There or back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,9 +133,7 @@ pub fn run(prepared: &Prepared, way: Way) -> Outcome {
             std::iter::once(plan.volume_id).chain(plan.shared_with.iter().map(|shared| shared.volume_id)).collect();
         ask_mounts(&concerned, way, &mut report);
     }
-    for mount in plan.live_mounts.iter().filter(|mount| !mount.reachable) {
-        report.warnings.push(format!("the mount at {} could not be reached and was not asked", mount.mountpoint));
-    }
+    report.warnings.extend(plan.unreached("asked"));
     if way == Way::Revoke {
         report.warnings.extend(
             plan.paper
@@ -167,7 +165,7 @@ fn change(uri: &KeyUri, identity: &KeyIdentity, way: Way) -> (&'static str, Opti
     };
     let done = match way {
         Way::Revoke => admin.suspend(identity).map(|state| if state.is_some() { "suspended" } else { "not-possible" }),
-        Way::Restore => admin.restore().map(|()| "restored"),
+        Way::Restore => restore(&*admin, identity),
     };
     match done {
         Ok(outcome) => (outcome, None, admin.last_request_id()),
@@ -178,6 +176,22 @@ fn change(uri: &KeyUri, identity: &KeyIdentity, way: Way) -> (&'static str, Opti
         }
         Err(error) => ("failed", Some(error), None),
     }
+}
+
+/// Brings the recorded key back; says so if it is another one, or if nothing can.
+fn restore(admin: &dyn KeyAdmin, identity: &KeyIdentity) -> Result<&'static str, kms::KmsError> {
+    if let Err(error) = admin.may_destroy(identity)
+        && error.failure == Failure::Recreated
+    {
+        return Err(error);
+    }
+    admin.restore().map(|()| "restored").map_err(|error| {
+        if error.failure == Failure::Missing && admin.prove_destroyed(identity, None).is_ok_and(|proof| !proof.self_asserted) {
+            let line = format!("{identity} is destroyed: nothing brings it back, and a new key of that name opens nothing of what it wrapped");
+            return kms::KmsError::new(Failure::Destroyed, line);
+        }
+        error
+    })
 }
 
 fn ask_mounts(volumes: &[VolumeId], way: Way, report: &mut Report) {

@@ -129,6 +129,20 @@ pub enum TrustError {
         /// What the pin has.
         pinned: u64,
     },
+    /// A saved header of a generation lower than the pin's.
+    #[error(
+        "the saved header {} is older (generation {found}) than this host has seen ({pinned}), and was not put back: use a newer one; if there is none, remove {} and put it back with --trust", header.display(), pin.display()
+    )]
+    OlderHeader {
+        /// The saved header.
+        header: PathBuf,
+        /// The pin's file.
+        pin: PathBuf,
+        /// What the header has.
+        found: u64,
+        /// What the pin has.
+        pinned: u64,
+    },
     /// The key URI given with the command is not the pin's.
     #[error("{given} is not the key of this volume: {why}")]
     OtherKey {
@@ -511,6 +525,15 @@ fn with_uri(mut found: Found, trust: bool, uri: Option<&KeyUri>) -> Result<Found
         KeyUri::File(_) if has_file => {
             for slot in found.pin.keks.iter_mut().flat_map(|kek| &mut kek.slots) {
                 if matches!(slot.identity, KeyIdentity::File { .. }) {
+                    slot.uri = uri.clone();
+                }
+            }
+            Ok(found)
+        }
+        // The same key at a server that this host calls by a name: which key it must be stays as pinned.
+        KeyUri::Transit(_) if found.pin.slots().filter(|(_, _, slot)| slot.identity.is_named_by(uri)).count() == 1 => {
+            for slot in found.pin.keks.iter_mut().flat_map(|kek| &mut kek.slots) {
+                if slot.identity.is_named_by(uri) {
                     slot.uri = uri.clone();
                 }
             }

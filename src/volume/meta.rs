@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::dir::DirKeys;
-use super::format::{FORMAT, VOLUME_FILE, VOLUME_FILE_COPY};
+use super::format::{DIR_HEADER, FORMAT, VOLUME_FILE, VOLUME_FILE_COPY};
 use super::storage::{self, Errno};
 use crate::crypto::ids::{hex, unhex};
 use crate::crypto::{ObjectId, VolumeId};
@@ -145,8 +145,13 @@ pub enum MetaError {
     /// There is none.
     #[error("not a lethefs volume: it has no {VOLUME_FILE}")]
     NotAVolume,
+    /// There is none any more.
+    #[error(
+        "{VOLUME_FILE} and {VOLUME_FILE_COPY} are both gone from what was a volume: put one of them back from a backup, or a saved header with `lethefs keys restore-header`"
+    )]
+    Lost,
     /// Neither copy can be read as a volume file.
-    #[error("the volume file is damaged: {0}")]
+    #[error("the volume file is damaged: {0}; `lethefs keys restore-header` puts a saved one back")]
     Damaged(String),
     /// A format from the future.
     #[error("the volume has format {0}; this lethefs knows format {FORMAT}: use a newer one")]
@@ -252,7 +257,7 @@ impl VolumeFile {
     /// So another volume's file in the place of one copy, however genuine, does not hide this volume's.
     ///
     /// # Errors
-    /// [`MetaError::NotAVolume`], or what is wrong with the better copy if none is usable.
+    /// [`MetaError::NotAVolume`], [`MetaError::Lost`], or what is wrong with the better copy if none is usable.
     pub fn read(backing: impl AsFd) -> Result<Vec<Self>, MetaError> {
         let mut found = Vec::new();
         let mut worst = None;
@@ -270,7 +275,8 @@ impl VolumeFile {
             return Err(error);
         }
         if found.is_empty() {
-            return Err(worst.unwrap_or(MetaError::NotAVolume));
+            let was = || rustix::fs::statat(&backing, DIR_HEADER, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+            return Err(worst.unwrap_or_else(|| if was() { MetaError::Lost } else { MetaError::NotAVolume }));
         }
         let root = DirKeys::claimed_id(backing.as_fd());
         found.sort_by_key(|file| (Some(file.body.root_id) != root, std::cmp::Reverse(file.body.generation)));

@@ -201,7 +201,7 @@ fn without_the_pin_an_attackers_volume_would_be_used() {
     let config = kms::transit::Config::from_lookup(|wanted| {
         environment.iter().find(|(name, _)| *name == wanted).map(|(_, value)| value.into())
     });
-    let key = lethefs::kms::uri::TransitKey { engine: "transit".into(), key: "theirs".into() };
+    let key = lethefs::kms::uri::TransitKey { engine: "transit".into(), key: "theirs".into(), server: None };
     let source = kms::transit::Transit::new(&key, config.unwrap());
     substitute(&volume, &source);
 

@@ -42,6 +42,7 @@ fn verbs_are_recorded_and_every_edit_is_found() {
     assert_eq!(world.run(&["audit", "show", "vol"]).out.lines().count(), 5);
     world.refuses(&["audit", "verify", "vol", "--expect-head", "abc"], 2, "64 hex digits");
     world.refuses(&["audit", "verify", "nowhere.jsonl"], 2, "no audit log");
+    world.refuses(&["audit", "show", "/etc/passwd"], 2, "is no audit log: no line of it is a record");
 
     // It goes on: the head of before is still in it.
     world.run(&["fsck", "vol", "--quiet"]).is(0);
@@ -74,6 +75,19 @@ fn an_erase_is_recorded_step_by_step_and_goes_on_without_a_log() {
     let all = records(&world, &id);
     let phases: Vec<&str> = all.iter().filter_map(|record| record["data"]["phase"].as_str()).collect();
     assert_eq!(phases, ["begun", "inaccessible", "scheduled", "irrecoverable"]);
+    // For people: no JSON, and each key on a line of its own.
+    let shown = world.run(&["audit", "show", "vol"]).out;
+    assert!(!shown.contains(['{', '"']), "{shown}");
+    let keys: Vec<&str> = shown.lines().filter(|line| line.starts_with("        key")).collect();
+    assert_eq!(keys.len(), 4, "{shown}");
+    assert!(keys.iter().all(|line| line.contains(&format!("key={name}")) && line.contains("slot=1")), "{shown}");
+    assert!(keys[3].contains("state=destroyed"), "{shown}");
+    // A line that somebody spoiled is not passed over in silence.
+    let good = std::fs::read_to_string(log(&world, &id)).unwrap();
+    std::fs::write(log(&world, &id), good.replacen("begun", "Begun", 1)).unwrap();
+    let run = world.run(&["audit", "show", "vol"]);
+    assert!(run.code == Some(0) && run.err.contains("1 lines are no records"), "{}", run.err);
+    std::fs::write(log(&world, &id), good).unwrap();
     world.run(&["audit", "verify", "vol"]).is(0);
 
     let (id, name) = (world.volume("two", "second"), world.key_name("second"));

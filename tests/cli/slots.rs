@@ -71,7 +71,7 @@ fn a_second_key_opens_and_the_first_can_go() {
     assert!(plan.contains("slot 1 was removed") && plan.contains(&world.key_name("one")), "{plan}");
     let names = ["two", "three"].map(|key| world.key_name(key));
     let one_only = ["erase", "vol", "--confirm-volume", &id, "--confirm-key", &names[0]];
-    world.refuses(&one_only, 19, "every one of them");
+    world.refuses(&one_only, 19, "not typed: ");
     let both = [&one_only[..], &["--confirm-key", &names[1]]].concat();
     world.run(&both).is(0);
     assert!(gone(&world.path("keys/two")) && gone(&world.path("keys/three")) && !gone(&world.path("keys/one")));
@@ -256,7 +256,8 @@ fn a_saved_header_is_put_back_if_it_is_genuine_and_not_older() {
     let world = World::new();
     world.volume("vol", "one");
     world.run(&["keys", "backup-header", "vol", "saved"]).is(0).says("an erase does not reach it");
-    world.refuses(&["keys", "backup-header", "vol", "saved"], 1, "saved");
+    world.refuses(&["keys", "backup-header", "vol", "saved"], 2, "is there already");
+    world.refuses(&["keys", "backup-header", "vol", "nowhere/saved"], 2, "its directory is not there");
     let before = world.snapshot();
     let run = world.run(&["keys", "restore-header", "vol", "saved"]);
     run.is(0);
@@ -268,6 +269,14 @@ fn a_saved_header_is_put_back_if_it_is_genuine_and_not_older() {
         std::fs::remove_file(world.path("vol").join(name)).unwrap();
     }
     assert_eq!(opens(&world, "vol"), Some(10));
+    // With the root's header still there it was a volume, and what to do is said.
+    std::os::unix::fs::symlink("x", world.path("vol/lethefs.dir")).unwrap();
+    for verb in
+        [&["mount", "vol", "mnt"][..], &["status", "vol"], &["fsck", "vol", "--quiet"], &["keys", "list", "vol"]]
+    {
+        world.refuses(verb, 10, "are both gone from what was a volume");
+    }
+    std::fs::remove_file(world.path("vol/lethefs.dir")).unwrap();
     let run = world.run(&["keys", "restore-header", "vol", "saved"]);
     run.is(0);
     assert!(run.out.contains("volume-file, root-header"), "{}", run.out);
@@ -289,7 +298,7 @@ fn a_saved_header_is_put_back_if_it_is_genuine_and_not_older() {
 
     // Not over something newer, and never below the pin.
     world.run(&["keys", "add-slot", "vol", &world.uri("two")]).is(0);
-    world.refuses(&["keys", "restore-header", "vol", "saved"], 10, "older");
+    world.refuses(&["keys", "restore-header", "vol", "saved"], 10, "the saved header saved is older (generation");
     world.refuses(&["keys", "restore-header", "vol", "saved", "--older"], 10, "older");
     let id = body(&world, "vol")["volume_id"].as_str().unwrap().to_owned();
     std::fs::remove_file(world.path("trust").join(id)).unwrap();

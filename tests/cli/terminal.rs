@@ -66,7 +66,7 @@ impl Session {
 }
 
 const VOLUME: &str = "Type the volume id";
-const KEY: &str = "Type the name of a key";
+const KEY: &str = "Type the key's name";
 
 #[test]
 fn an_erase_is_confirmed_by_typing_volume_and_key() {

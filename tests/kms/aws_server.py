@@ -24,6 +24,7 @@ import ssl
 import sys
 import threading
 import time
+import uuid
 
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -203,7 +204,16 @@ def application(environ, start):
     if refusal is not None:
         return reply(start, 400, {"__type": refusal[0], "message": refusal[1]})
     environ["wsgi.input"] = __import__("io").BytesIO(body)
-    return moto(environ, start)
+
+    def numbered(status, headers, *rest):
+        # As AWS: a number of its own for each request, which its own log (here: DIR/requests) has too.
+        number = str(uuid.uuid4())
+        with open(DIR / "requests", "a") as log:
+            log.write(f"{number} {operation} {status}\n")
+        headers = [(name, value) for name, value in headers if name.lower() != "x-amzn-requestid"]
+        return start(status, [*headers, ("x-amzn-RequestId", number)], *rest)
+
+    return moto(environ, numbered)
 
 
 def main():

@@ -360,7 +360,7 @@ fn transit() {
         ("ChaCha20", "", "transit", "chacha20-poly1305"),
         ("namespace", "team", "a/transit-2", "xchacha20-poly1305"),
     ] {
-        let key = TransitKey { engine: engine.into(), key: format!("k-{kind}") };
+        let key = TransitKey { engine: engine.into(), key: format!("k-{kind}"), server: None };
         let at = |path: String| if namespace.is_empty() { path } else { format!("{namespace}:{path}") };
         let key_path = at(format!("{engine}/keys/{}", key.key));
         server.put(&key_path, json!({ "type": kind, "derived": true }));

@@ -1,11 +1,13 @@
 //! What each of a real server's replies comes to: a case per row of docs/KMS.md's table.
 //!
-//! [`keys`] changes keys, [`logins`] credentials, [`server`] the server itself; [`replies`] needs a stub.
+//! [`keys`] changes keys, [`logins`] credentials, [`server`] the server itself; [`spoiled`] has real replies
+//! broken on the way, and a full audit disk; [`replies`] needs a stub.
 
 mod keys;
 mod logins;
 mod replies;
 mod server;
+mod spoiled;
 
 use lethefs::kms::transit::Transit;
 use lethefs::kms::{Failure, KeyAdmin, KeyIdentity, KeySource, KmsError, MadeKey, Proof};

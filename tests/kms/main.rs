@@ -64,7 +64,7 @@ pub(crate) fn config(address: &str, ca: &Path, credentials: Credentials) -> Conf
 }
 
 pub(crate) fn key(name: &str) -> TransitKey {
-    TransitKey { engine: "transit".to_owned(), key: name.to_owned() }
+    TransitKey { engine: "transit".to_owned(), key: name.to_owned(), server: None }
 }
 
 /// A key of the server's engine `transit`.

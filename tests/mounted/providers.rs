@@ -9,6 +9,8 @@ use crate::support::openbao::{Server, Storage};
 use crate::support::softhsm::{LABEL, PIN, Token};
 use crate::support::volume::{Output, TestVolume};
 
+const EKEYREVOKED: i32 = 128;
+
 /// A key service with a key, and what its administrator does.
 struct Service<'a> {
     uri: &'a str,
@@ -16,6 +18,8 @@ struct Service<'a> {
     key: &'a str,
     /// Switches to the administrator's credentials.
     administer: &'a dyn Fn(&TestVolume),
+    /// The same for one command.
+    as_administrator: &'a dyn Fn(&mut std::process::Command),
     /// The key off and on, if there is such a state, and the exit code of a mount while it is off.
     switch: Option<(&'a dyn Fn(bool), i32)>,
     /// Lets the waiting period of a scheduled deletion pass.
@@ -52,6 +56,37 @@ fn life(v: &TestVolume, service: &Service<'_>) {
         assert_eq!(fs::read(v.at("file")).unwrap(), b"kept");
         v.umount();
     }
+
+    // Suspended from another host (which knows nothing of this mount): the mount hears it at its next renewal, is sealed, and goes
+    // on when the key is back.
+    v.mount(&["-o", "renew_interval=200ms"]);
+    let open = fs::File::open(v.at("file")).unwrap();
+    let elsewhere = |verb: &[&str]| {
+        let mut command = v.lethefs(verb);
+        command.env("LETHEFS_RUNTIME_DIR", v.path("elsewhere"));
+        (service.as_administrator)(&mut command);
+        Output::of(&mut command).is_code(0);
+    };
+    let reached = |state: &str| {
+        crate::support::openbao::wait_for(state, || {
+            let custody = v.cli(&["status", "mnt", "--json"]).json()["live"]["custody"].clone();
+            (custody["state"] == state).then_some(custody)
+        })
+    };
+    elsewhere(&["revoke", "backing", "--yes"]);
+    let custody = reached("revoked");
+    assert_eq!(custody["failure"], "suspended", "{custody}");
+    assert_eq!(fs::read(v.at("file")).unwrap_err().raw_os_error(), Some(EKEYREVOKED));
+    assert_eq!(
+        std::os::unix::fs::FileExt::read_at(&open, &mut [0; 4], 0).unwrap_err().raw_os_error(),
+        Some(EKEYREVOKED)
+    );
+    v.try_mount(&[]).is(11);
+    elsewhere(&["restore", "backing"]);
+    reached("active");
+    assert_eq!(fs::read(v.at("file")).unwrap(), b"kept");
+    drop(open);
+    v.umount();
 
     // Another host, which has no pin: the volume file's names lead to the key.
     if !service.self_asserted {
@@ -104,6 +139,7 @@ fn transit() {
             uri: "hashivault://vol1",
             key: "vol1",
             administer: &|_| {},
+            as_administrator: &|_| {},
             switch: Some((&switch, 14)),
             wait: None,
             self_asserted: false,
@@ -127,6 +163,7 @@ fn key_file() {
             uri: &uri,
             key: key["key_id"].as_str().unwrap(),
             administer: &|_| {},
+            as_administrator: &|_| {},
             switch: None,
             wait: None,
             self_asserted: true,
@@ -158,6 +195,7 @@ fn pkcs11() {
             uri: &uri,
             key: "vol1",
             administer: &|_| {},
+            as_administrator: &|_| {},
             // The token is away: that is no refusal, and a mount fails all the same.
             switch: Some((&switch, 12)),
             wait: None,
@@ -198,10 +236,28 @@ fn aws() {
             uri: &uri,
             key: &key,
             administer: &administer,
+            as_administrator: &|command| {
+                command.env("AWS_ACCESS_KEY_ID", "AKIDadmin").env("AWS_SECRET_ACCESS_KEY", "secret-of-admin");
+            },
             switch: Some((&switch, 14)),
             wait: Some(&|| server.expire()),
             self_asserted: false,
         },
     );
     assert!(!v.log().contains("secret-of-"));
+    // The audit log has the service's own numbers of the requests.
+    let log = fs::read_dir(v.path("state/audit")).unwrap().flatten().next().unwrap().path();
+    let theirs = fs::read_to_string(server.path("requests")).unwrap();
+    let records = fs::read_to_string(log).unwrap();
+    let records: Vec<Value> = records.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (event, operation) in
+        [("init", "GenerateDataKey"), ("fetch", "Decrypt"), ("suspend", "DisableKey"), ("restore", "EnableKey")]
+    {
+        let of = |record: &&Value| record["event"] == event;
+        assert!(records.iter().any(|record| of(&record)), "{event}");
+        for record in records.iter().filter(of) {
+            let number = record["data"]["request_id"].as_str().unwrap_or_else(|| panic!("{record}"));
+            assert!(theirs.contains(&format!("{number} {operation} 200")), "{record}");
+        }
+    }
 }

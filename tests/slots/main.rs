@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod audit;
+mod erase;
 mod revoke;
+mod servers;
 mod slots;
 #[path = "../support/mod.rs"]
 mod support;

@@ -43,6 +43,8 @@ pub(crate) enum Storage {
 pub(crate) struct Server {
     dir: TempDir,
     storage: Storage,
+    /// The audit log is on a file system of its own, of a megabyte, that only the server sees.
+    small_audit_disk: bool,
     port: u16,
     child: Option<Child>,
     watchdog: Option<Child>,
@@ -99,14 +101,25 @@ pub(crate) fn free_port() -> u16 {
 impl Server {
     /// Starts a server with an empty Transit engine at `transit` and AppRole at `approle`.
     pub(crate) fn start(storage: Storage) -> Self {
+        Self::start_as(storage, false)
+    }
+
+    /// The same, in memory, with its only audit device on a disk that can be filled. Needs root.
+    pub(crate) fn start_with_small_audit_disk() -> Self {
+        Self::start_as(Storage::Memory, true)
+    }
+
+    fn start_as(storage: Storage, small_audit_disk: bool) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = TempDir::with_prefix("lethefs-bao.").expect("temporary directory");
         make_certificates(dir.path());
         fs::write(dir.path().join("seal.key"), [7; 32]).expect("seal key");
         fs::create_dir(dir.path().join("data")).expect("data directory");
+        fs::create_dir(dir.path().join("audit")).expect("directory of the audit log");
         let ca = reqwest::Certificate::from_pem(&fs::read(dir.path().join("ca.pem")).expect("CA")).expect("CA");
         let http = Client::builder().no_proxy().tls_certs_only([ca]).timeout(PATIENCE).build().expect("HTTP client");
-        let mut server = Self { dir, storage, port: 0, child: None, watchdog: None, http, token: String::new() };
+        let mut server =
+            Self { dir, storage, small_audit_disk, port: 0, child: None, watchdog: None, http, token: String::new() };
         // Another process may take the port first: try a few.
         let started = (0..5).any(|_| {
             server.port = free_port();
@@ -136,6 +149,7 @@ impl Server {
                 )
             }
         };
+        let audit = if self.small_audit_disk { format!("{dir}/audit/log") } else { format!("{dir}/audit.log") };
         let text = format!(
             r#"{storage}
 seal "static" {{
@@ -152,7 +166,7 @@ api_addr     = "https://127.0.0.1:{port}"
 cluster_addr = "https://127.0.0.1:{cluster}"
 audit "file" "to-file" {{
   options {{
-    file_path = "{dir}/audit.log"
+    file_path = "{audit}"
   }}
 }}
 initialize "setup" {{
@@ -183,8 +197,18 @@ initialize "setup" {{
     fn spawn(&mut self) -> bool {
         let path = self.dir.path();
         let log = fs::File::options().create(true).append(true).open(path.join("server.log")).expect("log");
-        let child = Command::new(bao())
-            .args(["server", "-config=bao.hcl"])
+        let mut command = if self.small_audit_disk {
+            // In a mount namespace of the server's own, so that nothing stays mounted, however this ends.
+            let script = "mount -t tmpfs -o size=1m,mode=700 lethefs-audit audit && exec \"$0\" server -config=bao.hcl";
+            let mut command = Command::new("unshare");
+            command.args(["-m", "sh", "-c", script]).arg(bao());
+            command
+        } else {
+            let mut command = Command::new(bao());
+            command.args(["server", "-config=bao.hcl"]);
+            command
+        };
+        let child = command
             .current_dir(path)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("log"))
@@ -347,6 +371,29 @@ initialize "setup" {{
                 format!("{} {}", part("operation"), part("path"))
             })
             .collect()
+    }
+
+    fn on_audit_disk(&self, name: &str) -> PathBuf {
+        assert!(self.small_audit_disk, "started without one");
+        let audit = self.dir.path().join("audit").join(name);
+        let inside = audit.strip_prefix("/").expect("absolute");
+        PathBuf::from(format!("/proc/{}/root", self.child.as_ref().expect("running").id())).join(inside)
+    }
+
+    /// Leaves no byte for the audit log.
+    pub(crate) fn fill_audit_disk(&self) {
+        use std::io::Write as _;
+        let mut filler = fs::File::create(self.on_audit_disk("filler")).expect("filler");
+        for size in [4096, 1] {
+            while filler.write_all(&vec![0; size]).is_ok() {}
+        }
+        // The page of which the log has a part already.
+        let log = fs::File::options().append(true).open(self.on_audit_disk("log")).expect("log");
+        while (&log).write_all(b"\n").is_ok() {}
+    }
+
+    pub(crate) fn empty_audit_disk(&self) {
+        fs::remove_file(self.on_audit_disk("filler")).expect("removed");
     }
 
     /// The audit log as it is, to look for what must not be in it.

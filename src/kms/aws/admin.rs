@@ -4,6 +4,7 @@
 //! the recorded one. A deletion is never at once: AWS KMS waits for 7 to 30 days.
 
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_kms::operation::RequestId;
 use aws_sdk_kms::types::KeyState;
 
 use super::classify::{Meaning, Refused};
@@ -118,9 +119,10 @@ impl Aws {
         ask: impl AsyncFn(&aws_sdk_kms::Client) -> Result<T, SdkError<E, aws_sdk_kms::config::http::HttpResponse>>,
     ) -> Result<T, KmsError>
     where
+        T: RequestId,
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
-        self.client.call(ask).map_err(|refused| match refused.error.failure {
+        self.client.call(ask).inspect(|reply| self.note(reply)).map_err(|refused| match refused.error.failure {
             Failure::Denied => {
                 let line = format!("no policy lets these AWS credentials {did}: see docs/KMS.md for the policy");
                 KmsError { message: line, ..refused.error }
@@ -175,6 +177,16 @@ impl KeyAdmin for Aws {
         Ok(())
     }
 
+    fn may_destroy(&self, identity: &KeyIdentity) -> Result<Option<bool>, KmsError> {
+        Ok(match self.verified(identity)? {
+            None => Some(true),
+            Some(info) if matches!(info.state, KeyState::PendingDeletion | KeyState::PendingReplicaDeletion) => {
+                Some(true)
+            }
+            Some(_) => None,
+        })
+    }
+
     fn destroy(&self, identity: &KeyIdentity) -> Result<Destruction, KmsError> {
         let Some(info) = self.verified(identity)? else { return Ok(Destruction::CarriedOut) };
         if matches!(info.state, KeyState::PendingDeletion | KeyState::PendingReplicaDeletion) {
@@ -195,5 +207,9 @@ impl KeyAdmin for Aws {
         let blob = probe.and_then(|(binding, wrapped)| Some((binding, parse(wrapped)?)));
         let findings = self.evidence(arn, blob.as_ref().map(|(binding, blob)| (*binding, blob.as_slice())))?;
         Ok(Proof { self_asserted: false, at: jiff::Timestamp::now().to_string(), findings })
+    }
+
+    fn last_request_id(&self) -> Option<String> {
+        self.noted()
     }
 }

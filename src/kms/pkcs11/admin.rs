@@ -97,6 +97,19 @@ impl KeyAdmin for Pkcs11 {
         })
     }
 
+    /// A token knows one user, and does not say of an attribute (`CKA_DESTROYABLE`) what it would say of the deed.
+    fn may_destroy(&self, identity: &KeyIdentity) -> Result<Option<bool>, KmsError> {
+        let done = self.with_token(Some(self.recorded(identity)?), true, |open, _, recorded| {
+            let found = verified(open, expect(recorded))?;
+            if !found.is_empty() && open.token.write_protected {
+                let line = format!("{} is write-protected: nothing on it can be destroyed", open.what);
+                return Err(KmsError::new(Failure::Denied, line));
+            }
+            Ok(found.is_empty().then_some(true))
+        });
+        done.map_err(untouched)
+    }
+
     fn destroy(&self, identity: &KeyIdentity) -> Result<Destruction, KmsError> {
         let done = self.with_token(Some(self.recorded(identity)?), true, |open, _, recorded| {
             let recorded = expect(recorded);

@@ -107,6 +107,25 @@ impl KeyAdmin for Transit {
         Ok(())
     }
 
+    fn may_destroy(&self, identity: &KeyIdentity) -> Result<Option<bool>, KmsError> {
+        let Some(info) = self.verified(&self.recorded(identity)?)? else { return Ok(Some(true)) };
+        let mut needed = vec![(self.key_path(), "delete")];
+        if !info.deletion_allowed {
+            needed.push((format!("{}/config", self.key_path()), "update"));
+        }
+        let granted = self.granted(&needed)?;
+        for ((path, right), granted) in needed.iter().zip(&granted) {
+            if *granted == Some(false) {
+                let line = format!(
+                    "these credentials may not destroy {}: no policy gives them {right} on {path} (docs/KMS.md has one)",
+                    self.what()
+                );
+                return Err(KmsError::new(Failure::Denied, line));
+            }
+        }
+        Ok(granted.into_iter().collect::<Option<Vec<bool>>>().map(|_| true))
+    }
+
     fn destroy(&self, identity: &KeyIdentity) -> Result<Destruction, KmsError> {
         let recorded = self.recorded(identity)?;
         let Some(info) = self.verified(&recorded)? else { return Ok(Destruction::CarriedOut) };

@@ -117,12 +117,29 @@ pub(super) fn config(message: impl Into<String>) -> KmsError {
 }
 
 impl Config {
-    /// From this process's environment.
+    /// From this process's environment: of the server that a URI names, else of the one of `VAULT_ADDR`.
     ///
     /// # Errors
     /// [`Failure::Config`] with the variable that is missing or wrong.
-    pub fn from_env() -> Result<Self, KmsError> {
-        Self::from_lookup(|name| std::env::var_os(name))
+    pub fn from_env(server: Option<&str>) -> Result<Self, KmsError> {
+        Self::of_server(server, |name| std::env::var_os(name))
+    }
+
+    /// From any set of variables. Those of a named server have `__NAME` behind, and no file in the home directory stands in for them:
+    /// what is for one server never goes to another.
+    ///
+    /// # Errors
+    /// As [`Config::from_env`].
+    pub fn of_server(server: Option<&str>, lookup: impl Fn(&str) -> Option<OsString>) -> Result<Self, KmsError> {
+        let Some(server) = server else { return Self::from_lookup(lookup) };
+        let behind = server.to_ascii_uppercase();
+        let of_it = |name: &str| if name == "HOME" { None } else { lookup(&format!("{name}__{behind}")) };
+        Self::from_lookup(of_it).map_err(|mut error| {
+            error.message.push_str(&format!(
+                "; for server={server} each variable has __{behind} behind, as in VAULT_ADDR__{behind}"
+            ));
+            error
+        })
     }
 
     /// From any set of variables.
@@ -277,6 +294,33 @@ mod tests {
         assert!(line(&[ADDR]).contains("no credentials"));
         assert!(line(&both[..2]).contains("set both"));
         assert!(line(&[both[0], both[2]]).contains("set both"));
+    }
+
+    #[test]
+    fn what_is_for_one_server_goes_to_no_other() {
+        let all = [
+            ADDR,
+            ("VAULT_TOKEN", "S3CRET"),
+            ("VAULT_NAMESPACE", "first"),
+            ("VAULT_CACERT", "/first.pem"),
+            ("HOME", "/h"),
+            ("VAULT_ADDR__DR", "https://dr.example:8200"),
+            ("VAULT_TOKEN_FILE__DR", "/dr"),
+        ];
+        let of = |count: usize| {
+            Config::of_server(Some("dr"), |name| {
+                all[..count].iter().find(|(n, _)| *n == name).map(|(_, value)| value.into())
+            })
+        };
+        let made = of(7).expect("valid");
+        assert_eq!(made.addresses[0].as_str(), "https://dr.example:8200/");
+        assert!(matches!(made.credentials, Credentials::TokenFile(path) if path == Path::new("/dr")));
+        assert_eq!((made.ca_file, made.namespace.as_str()), (None, ""));
+        for (count, words) in [(6, "no credentials"), (5, "VAULT_ADDR is not set")] {
+            let Err(error) = of(count) else { panic!("{words}") };
+            assert!(error.message.contains(words) && error.message.contains("VAULT_ADDR__DR"), "{error}");
+            assert!(!error.message.contains("S3CRET"));
+        }
     }
 
     #[test]

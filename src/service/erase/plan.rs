@@ -124,6 +124,10 @@ fn of_pin(pin: &Pin) -> Vec<Target> {
 fn add_given(targets: &mut Vec<Target>, uris: &[KeyUri], claims: &[Claim], removed: &[Claim]) -> Result<(), Error> {
     let pinned = !targets.is_empty();
     for uri in uris {
+        // Named as this host knows it: two servers may have keys of one name.
+        if !matches!(uri, KeyUri::File(_)) && targets.iter().any(|target| target.uri == *uri) {
+            continue;
+        }
         // A name means any key file, so if one is there, its id says which key it is.
         let held = match uri {
             KeyUri::File(_) => kms::admin(uri)?.describe().ok().map(|described| described.identity),
@@ -186,21 +190,44 @@ fn probe(volume: VolumeId, target: &Target, claims: &[Claim]) -> Option<(Binding
 
 fn describe(targets: &[Target]) -> Result<Vec<PlannedKey>, Error> {
     let mut keys: Vec<PlannedKey> = Vec::new();
+    let (mut unconfigured, mut configured) = (None, false);
     for target in targets {
         if keys.iter().any(|key| key.uri == target.uri && key.identity.same_key(&target.identity)) {
             continue;
         }
-        let described = kms::admin(&target.uri)?.describe();
-        let problem = described.as_ref().err().map(ToString::to_string);
-        keys.push(PlannedKey {
+        let mut key = PlannedKey {
             name: target.identity.name(),
             identity: target.identity.clone(),
             uri: target.uri.clone(),
-            description: described.ok(),
-            problem,
-        });
+            description: None,
+            problem: None,
+            erasable: Some(false),
+            obstacle: None,
+        };
+        match kms::admin(&target.uri) {
+            Ok(admin) => {
+                configured = true;
+                let described = admin.describe();
+                key.problem = described.as_ref().err().map(ToString::to_string);
+                key.description = described.ok();
+                match admin.may_destroy(&target.identity) {
+                    Ok(told) => key.erasable = told,
+                    Err(error) => key.obstacle = Some(super::run::problem(&error)),
+                }
+            }
+            // Of two servers this host may know only one: the other's keys are shown all the same.
+            Err(error) => {
+                key.problem = Some(error.to_string());
+                key.obstacle = Some(super::run::problem(&error));
+                unconfigured = unconfigured.or(Some(error));
+            }
+        }
+        keys.push(key);
     }
-    Ok(keys)
+    match unconfigured {
+        Some(error) if !configured => Err(error.into()),
+        _ => Ok(keys),
+    }
 }
 
 fn shared(volume: VolumeId, targets: &[Target]) -> Vec<Shared> {

@@ -55,6 +55,7 @@ impl Confirmed {
     pub fn run(self) -> Result<Outcome, Error> {
         let (begun_before, targets) = (self.begun_before(), &self.prepared.targets);
         let places: Vec<KeyPlace> = targets.iter().map(|target| KeyPlace::look(target, &begun_before)).collect();
+        self.ready(&places)?;
         let journal = self.journal(&begun_before, &places);
         let audit = audit::open(self.prepared.plan.volume_id);
         let (warnings, logged) = (Vec::new(), Vec::new());
@@ -66,6 +67,7 @@ impl Confirmed {
         // allowed must not cost a running mount its unwritten data.
         run.suspend()?;
         checkpoint("inaccessible");
+        run.all_suspended()?;
         let suspended = run.every(|state| state == SlotState::Suspended);
         if suspended {
             run.seal_mounts()?;
@@ -139,7 +141,7 @@ impl Confirmed {
 
 /// What shows that a key's destruction is that key's, and not only that nothing is where it was looked for. A key service
 /// answers for its keys; the absence of a key file shows nothing, since its path may be wrong.
-struct KeyPlace {
+pub(super) struct KeyPlace {
     /// The key is one whose destruction its service can tell.
     served: bool,
     /// A key file with this id was here when the run began.
@@ -170,16 +172,16 @@ impl KeyPlace {
         }
     }
 
-    fn shown(&self) -> bool {
+    pub(super) fn shown(&self) -> bool {
         self.served || self.held || self.begun_before
     }
 }
 
-struct Run<'a> {
-    confirmed: &'a Confirmed,
+pub(super) struct Run<'a> {
+    pub(super) confirmed: &'a Confirmed,
     /// As the targets.
     places: Vec<KeyPlace>,
-    journal: Journal,
+    pub(super) journal: Journal,
     warnings: Vec<String>,
     self_asserted: bool,
     audit: Arc<Sink>,
@@ -189,7 +191,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Records a step in the audit log, on the medium before the journal calls it done. An erase goes on without.
-    fn record(&mut self, state: State, problem: Option<String>) {
+    pub(super) fn record(&mut self, state: State, problem: Option<String>) {
         if problem.is_none() && self.logged.contains(&state) {
             return;
         }
@@ -246,9 +248,7 @@ impl Run<'_> {
                 Err(error) => self.warnings.push(format!("the mount at {mountpoint} could not be sealed: {error}")),
             }
         }
-        for mount in plan.live_mounts.iter().filter(|mount| !mount.reachable) {
-            self.warnings.push(format!("the mount at {} could not be reached and was not sealed", mount.mountpoint));
-        }
+        self.warnings.extend(plan.unreached("sealed"));
         self.save()
     }
 
@@ -292,8 +292,14 @@ impl Run<'_> {
         let mut all = true;
         let targets = &self.confirmed.prepared.targets;
         // Where the key files are comes first: only then does it mean anything that one is not at another place.
-        let (first, rest): (Vec<usize>, Vec<usize>) = (0..targets.len()).partition(|n| self.places[*n].shown());
+        let (mut first, rest): (Vec<usize>, Vec<usize>) = (0..targets.len()).partition(|n| self.places[*n].shown());
+        // A refusal that nobody could foresee should come before anything is lost.
+        first.sort_by_key(|n| self.confirmed.prepared.promised(&targets[*n]));
         for n in first.into_iter().chain(rest) {
+            if !all && self.confirmed.all_or_none() {
+                self.journal.slots[n].problem = Some("not destroyed, since another key could not be".into());
+                continue;
+            }
             let target = &targets[n];
             let before = self.journal.slots[n].state;
             if self.places[n].shown() {
@@ -463,7 +469,7 @@ fn not_found(target: &Target) -> KmsError {
 }
 
 /// Class and line of a failure.
-fn problem(error: &KmsError) -> String {
+pub(super) fn problem(error: &KmsError) -> String {
     let class = serde_json::to_value(error.failure).ok();
     let class = class.as_ref().and_then(|class| class.as_str()).unwrap_or("unknown");
     format!("{class}: {error}")

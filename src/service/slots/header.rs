@@ -19,6 +19,7 @@ use crate::crypto::ids::hex;
 use crate::keyring::SealReason;
 use crate::service::mount::{take_lock, unlock};
 use crate::service::record::path_text;
+use crate::service::trust::TrustError;
 use crate::service::{Error, SCHEMA, audit, backing, now, places, trust};
 use crate::volume::dir::DirKeys;
 use crate::volume::format::{self, DIR_HEADER, VOLUME_FILE, VOLUME_FILE_COPY};
@@ -121,7 +122,15 @@ pub fn backup(path: &Path, file: &Path) -> Result<Report, Error> {
     }
     let mut text = serde_json::to_vec_pretty(&saved).map_err(|error| Error::io("cannot write JSON")(error))?;
     text.push(b'\n');
-    write_new(file, &text).map_err(Error::io(format!("cannot write {}", file.display())))?;
+    write_new(file, &text).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AlreadyExists => {
+            Error::Usage(format!("{} is there already and is not overwritten: name another file", file.display()))
+        }
+        std::io::ErrorKind::NotFound => {
+            Error::Usage(format!("{} cannot be made: its directory is not there", file.display()))
+        }
+        _ => Error::io(format!("cannot write {}", file.display()))(error),
+    })?;
     let event = Event::HeaderSaved { generation: saved.generation };
     audit::warn(&audit::open(saved.volume_id), event, &mut warnings);
     warnings.push(
@@ -172,11 +181,16 @@ pub fn restore(path: &Path, file: &Path, with: &With, older: bool) -> Result<Rep
         return Err(bad("holds no volume file that can be read"));
     }
     // The pin refuses what is older than this host has seen.
-    let grant = trust::grant(copies, with.trust, with.uri.as_ref())?;
+    let grant = trust::grant(copies, with.trust, with.uri.as_ref()).map_err(|error| match error {
+        TrustError::Older { path, found, pinned } => {
+            TrustError::OlderHeader { header: file.to_owned(), pin: path, found, pinned }
+        }
+        other => other,
+    })?;
     let unlock::Unlocked { keys, body, audit, .. } = unlock::unlock(&grant, None, "restore-header")?;
 
     let there = match VolumeFile::read(&dir) {
-        Err(MetaError::NotAVolume | MetaError::Damaged(_)) => Vec::new(),
+        Err(MetaError::NotAVolume | MetaError::Lost | MetaError::Damaged(_)) => Vec::new(),
         there => there?,
     };
     if let Some(root) = DirKeys::claimed_id(dir.as_fd()).filter(|root| *root != body.root_id) {

@@ -195,7 +195,7 @@ fn each_state_of_a_key_has_its_class() {
     server.put("old/keys/moved", json!({ "type": "aes256-gcm96", "derived": true }));
     let everything = server.token(&["everything"], "1h");
     let at = |engine: &str| {
-        let key = TransitKey { engine: engine.into(), key: "moved".into() };
+        let key = TransitKey { engine: engine.into(), key: "moved".into(), server: None };
         Transit::new(&key, config(&server.address(), &server.ca(), token(&everything)))
     };
     let made = at("old").make(&BINDING).expect("made");

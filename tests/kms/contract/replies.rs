@@ -88,7 +88,7 @@ fn odd_replies_are_refused() {
     let client = |stubs: &[&Stub]| {
         let mut settings = config(&stubs[0].address, &roots, token("t"));
         settings.addresses = stubs.iter().map(|stub| stub.address.parse().expect("address")).collect();
-        settings.patience = std::time::Duration::from_millis(300);
+        settings.patience = std::time::Duration::from_secs(3);
         Transit::new(&key("vol1"), settings)
     };
     let unwrap = |client: &Transit| client.unwrap(&BINDING, &Wrapped("vault:v1:AAAA".into()), &identity);
