@@ -1,7 +1,8 @@
 //! `fuser` on one side, [`Filesystem`] on the other: decodes, calls, replies. The only room that names fuser's reply types.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ use super::attributes::{Attributes, Changes, SetTime, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
 use super::gate::{InFlight, Phase, Way};
+use super::notify;
+use super::owed::{Debt, Place};
 use crate::sys::wiping;
 use crate::volume::storage;
 
@@ -41,19 +44,75 @@ fn saw(offset: usize, parts: &[&[u8]]) {
 thread_local! {
     /// Plaintext of one read reply.
     static PLAIN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// This thread as a worker.
+    static WORKER: OnceCell<Worker> = const { OnceCell::new() };
+}
+
+/// A reply for which the kernel keeps pages locked.
+enum Owing {
+    Data(ReplyData),
+    /// With inode and length.
+    Write(ReplyWrite, u64, u64),
+}
+
+impl Debt for Owing {
+    fn write(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Data(_) => None,
+            Self::Write(_, ino, bytes) => Some((*ino, *bytes)),
+        }
+    }
+
+    fn refuse(self, why: Failed) {
+        match self {
+            Self::Data(reply) => reply.error(errno(why)),
+            Self::Write(reply, ..) => reply.error(errno(why)),
+        }
+    }
+}
+
+/// One of fuser's threads. Ends with it.
+struct Worker {
+    place: Arc<Place<Owing>>,
+    fs: Arc<Filesystem>,
+    device: Arc<OwnedFd>,
+}
+
+impl Drop for Worker {
+    /// fuser tells of a worker's end only once all have ended.
+    fn drop(&mut self) {
+        if notify::is_alive(&*self.device) {
+            self.fs.counters.lost_workers.fetch_add(1, Ordering::Relaxed);
+            tracing::error!("a worker has ended with an error: the mount goes on with fewer; unmount it and mount it again");
+        }
+    }
 }
 
 /// The filesystem as fuser wants it.
 pub struct Adapter {
     fs: Arc<Filesystem>,
+    device: Arc<OwnedFd>,
     no_open: bool,
     no_opendir: bool,
 }
 
 impl Adapter {
-    /// Around a filesystem.
-    pub fn new(fs: Arc<Filesystem>) -> Self {
-        Self { fs, no_open: false, no_opendir: false }
+    /// Around a filesystem. `device`: of the connection.
+    pub fn new(fs: Arc<Filesystem>, device: Arc<OwnedFd>) -> Self {
+        Self { fs, device, no_open: false, no_opendir: false }
+    }
+
+    /// From now on a seal may refuse this.
+    fn owe(&self, owing: Owing) {
+        WORKER.with(|worker| {
+            let new = || Worker { place: self.fs.owed.place(), fs: self.fs.clone(), device: self.device.clone() };
+            worker.get_or_init(new).place.put(owing);
+        });
+    }
+
+    /// What is owed and was not refused.
+    fn owed() -> Option<Owing> {
+        WORKER.with(|worker| worker.get().and_then(|worker| worker.place.take()))
     }
 
     /// What every operation begins with: counting, and refusing once the mount is being sealed.
@@ -287,8 +346,11 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.owe(Owing::Data(reply));
         let target = self.enter().and_then(|()| self.fs.readlink(ino.0));
-        self.answer(reply, target, |reply, target| reply.data(&target));
+        if let Some(Owing::Data(reply)) = Self::owed() {
+            self.answer(reply, target, |reply, target| reply.data(&target));
+        }
     }
 
     fn mknod(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
@@ -373,16 +435,16 @@ impl fuser::Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        if let Err(failed) = self.enter() {
-            return reply.error(errno(failed));
-        }
+        self.owe(Owing::Data(reply));
         PLAIN.with_borrow_mut(|plain| {
             let size = size as usize;
             if plain.len() < size {
                 plain.resize(size, 0);
             }
-            let read = self.fs.read(ino.0, offset, &mut plain[..size]);
-            self.answer(reply, read, |reply, n| reply.data(&plain[..n]));
+            let read = self.enter().and_then(|()| self.fs.read(ino.0, offset, &mut plain[..size]));
+            if let Some(Owing::Data(reply)) = Self::owed() {
+                self.answer(reply, read, |reply, n| reply.data(&plain[..n]));
+            }
         });
     }
 
@@ -400,8 +462,10 @@ impl fuser::Filesystem for Adapter {
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         saw(WRITE_IN, &[data]);
+        self.owe(Owing::Write(reply, ino.0, data.len() as u64));
         // The guard goes first and the answer second: whoever waits for writes waits for what they do, not for who asked.
         let written = self.enter_writing().and_then(|_in_flight| self.fs.write(ino.0, offset, data, kill));
+        let Some(Owing::Write(reply, ..)) = Self::owed() else { return };
         match written {
             Ok(()) => reply.written(data.len() as u32),
             Err(failed) => {
