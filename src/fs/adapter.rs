@@ -83,7 +83,9 @@ impl Drop for Worker {
     fn drop(&mut self) {
         if notify::is_alive(&*self.device) {
             self.fs.counters.lost_workers.fetch_add(1, Ordering::Relaxed);
-            tracing::error!("a worker has ended with an error: the mount goes on with fewer; unmount it and mount it again");
+            tracing::error!(
+                "a worker has ended with an error: the mount goes on with fewer; unmount it and mount it again"
+            );
         }
     }
 }

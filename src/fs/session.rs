@@ -162,7 +162,12 @@ impl Mounted {
         let mut config = fuser::Config::default();
         config.n_threads = Some(handle.workers);
         // The kernel keeps others out (allow_other); fuser need not ask again.
-        let session = fuser::Session::from_fd(Adapter::new(fs.clone(), handle.device.clone()), fuse, fuser::SessionACL::All, config)?;
+        let session = fuser::Session::from_fd(
+            Adapter::new(fs.clone(), handle.device.clone()),
+            fuse,
+            fuser::SessionACL::All,
+            config,
+        )?;
         let session = std::thread::Builder::new().name("lethefs-session".into()).spawn(move || session.run())?;
         let sealing = fs.clone();
         let sealer = std::thread::Builder::new().name("lethefs-sealer".into()).spawn(move || sealing.run_sealer())?;

@@ -177,13 +177,8 @@ pub fn run(
     let mounted = Mounted::start(volume, &mountpoint, &request.options, Some(link.list()), tell)
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
-    let keeping = custody::Custody::start(
-        (prover, proving),
-        (request.terms, asked),
-        handle.clone(),
-        link.list(),
-        audit.clone(),
-    );
+    let keeping =
+        custody::Custody::start((prover, proving), (request.terms, asked), handle.clone(), link.list(), audit.clone());
     let kept = keeping.as_ref().ok().cloned();
     let started = keeping
         .and_then(|custody| serve_control(&files, &record, &report, handle.clone(), custody))

@@ -1,7 +1,7 @@
 //! A lease before there is a mount: what has to be done first may take long, with the keys in memory.
 
-use std::sync::{Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use super::alarm::{Alarm, tick};
 use super::early;

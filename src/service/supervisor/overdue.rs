@@ -84,9 +84,11 @@ mod tests {
     fn who_keeps_a_promise_or_gave_none_lives() {
         assert_eq!(killed(&mut Overdue::default(), |_| None, s(1e6)), None);
         // Renewed every 5 seconds for 600 more; every 0.2 for 0.6; now and then 10 s too late.
-        let renewed = |every: f64, holds: f64| move |now: Duration| {
-            let at = (now.as_secs_f64() / every).floor() * every;
-            Some(Due::SinceBoot(s(at + holds)))
+        let renewed = |every: f64, holds: f64| {
+            move |now: Duration| {
+                let at = (now.as_secs_f64() / every).floor() * every;
+                Some(Due::SinceBoot(s(at + holds)))
+            }
         };
         assert_eq!(killed(&mut Overdue::default(), renewed(5.0, 600.0), s(1e5)), None);
         assert_eq!(killed(&mut Overdue::default(), renewed(0.2, 0.6), s(1e4)), None);
