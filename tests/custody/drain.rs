@@ -117,15 +117,17 @@ fn many_files_that_hang_keep_no_other_in_the_cache() {
     let server = Server::start(Storage::Memory);
     let (store, v, _heals) = on_faulty(&server);
     v.mount(&[OFTEN, EXPIRED, "-o", "threads=24"]);
-    let mut clean: Vec<Program> = (0..8)
-        .map(|n| {
-            let script = format!(
-                "f = os.open('c{n}', os.O_RDWR | os.O_CREAT)\nos.write(f, b'3' * 8192)\nos.fsync(f)\ndef look(): return os.pread(f, 1, 5000)"
-            );
-            Program::new(&v, &script)
-        })
-        .collect();
-    let (mut dirty, numbers): (Vec<_>, Vec<_>) = (0..12).map(|n| appends(&v, &format!("d{n}"))).unzip();
+    // In turn, so that in whatever order they are told of, some that hang come before some that do not.
+    let (mut clean, mut dirty, mut numbers) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..12 {
+        let (program, number) = appends(&v, &format!("d{n}"));
+        dirty.push(program);
+        numbers.push(number);
+        let script = format!(
+            "f = os.open('c{n}', os.O_RDWR | os.O_CREAT)\nos.write(f, b'3' * 8192)\nos.fsync(f)\ndef look(): return os.pread(f, 1, 5000)"
+        );
+        clean.push(Program::new(&v, &script));
+    }
     hang(&store, numbers);
     assert!(dirty.iter_mut().all(|program| program.look() == "ok 4096"));
     server.stop();
