@@ -1,6 +1,8 @@
 //! `fuser` on one side, [`Filesystem`] on the other: decodes, calls, replies. The only room that names fuser's reply types.
 
-use std::cell::{OnceCell, RefCell};
+mod worker;
+
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
@@ -17,12 +19,11 @@ use fuser::{
 
 use zeroize::Zeroize as _;
 
+use self::worker::Owing;
 use super::attributes::{Attributes, Changes, SetTime, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
 use super::gate::{InFlight, Phase, Way};
-use super::notify;
-use super::owed::{Debt, Place};
 use crate::sys::wiping;
 use crate::volume::storage;
 
@@ -44,50 +45,6 @@ fn saw(offset: usize, parts: &[&[u8]]) {
 thread_local! {
     /// Plaintext of one read reply.
     static PLAIN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-    /// This thread as a worker.
-    static WORKER: OnceCell<Worker> = const { OnceCell::new() };
-}
-
-/// A reply for which the kernel keeps pages locked.
-enum Owing {
-    Data(ReplyData),
-    /// With inode and length.
-    Write(ReplyWrite, u64, u64),
-}
-
-impl Debt for Owing {
-    fn write(&self) -> Option<(u64, u64)> {
-        match self {
-            Self::Data(_) => None,
-            Self::Write(_, ino, bytes) => Some((*ino, *bytes)),
-        }
-    }
-
-    fn refuse(self, why: Failed) {
-        match self {
-            Self::Data(reply) => reply.error(errno(why)),
-            Self::Write(reply, ..) => reply.error(errno(why)),
-        }
-    }
-}
-
-/// One of fuser's threads. Ends with it.
-struct Worker {
-    place: Arc<Place<Owing>>,
-    fs: Arc<Filesystem>,
-    device: Arc<OwnedFd>,
-}
-
-impl Drop for Worker {
-    /// fuser tells of a worker's end only once all have ended.
-    fn drop(&mut self) {
-        if notify::is_alive(&*self.device) {
-            self.fs.counters.lost_workers.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(
-                "a worker has ended with an error: the mount goes on with fewer; unmount it and mount it again"
-            );
-        }
-    }
 }
 
 /// The filesystem as fuser wants it.
@@ -106,15 +63,7 @@ impl Adapter {
 
     /// From now on a seal may refuse this.
     fn owe(&self, owing: Owing) {
-        WORKER.with(|worker| {
-            let new = || Worker { place: self.fs.owed.place(), fs: self.fs.clone(), device: self.device.clone() };
-            worker.get_or_init(new).place.put(owing);
-        });
-    }
-
-    /// What is owed and was not refused.
-    fn owed() -> Option<Owing> {
-        WORKER.with(|worker| worker.get().and_then(|worker| worker.place.take()))
+        worker::place(&self.fs, &self.device).put(owing);
     }
 
     /// What every operation begins with: counting, and refusing once the mount is being sealed.
@@ -350,7 +299,7 @@ impl fuser::Filesystem for Adapter {
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
         self.owe(Owing::Data(reply));
         let target = self.enter().and_then(|()| self.fs.readlink(ino.0));
-        if let Some(Owing::Data(reply)) = Self::owed() {
+        if let Some(Owing::Data(reply)) = worker::owed() {
             self.answer(reply, target, |reply, target| reply.data(&target));
         }
     }
@@ -444,7 +393,7 @@ impl fuser::Filesystem for Adapter {
                 plain.resize(size, 0);
             }
             let read = self.enter().and_then(|()| self.fs.read(ino.0, offset, &mut plain[..size]));
-            if let Some(Owing::Data(reply)) = Self::owed() {
+            if let Some(Owing::Data(reply)) = worker::owed() {
                 self.answer(reply, read, |reply, n| reply.data(&plain[..n]));
             }
         });
@@ -467,7 +416,7 @@ impl fuser::Filesystem for Adapter {
         self.owe(Owing::Write(reply, ino.0, data.len() as u64));
         // The guard goes first and the answer second: whoever waits for writes waits for what they do, not for who asked.
         let written = self.enter_writing().and_then(|_in_flight| self.fs.write(ino.0, offset, data, kill));
-        let Some(Owing::Write(reply, ..)) = Self::owed() else { return };
+        let Some(Owing::Write(reply, ..)) = worker::owed() else { return };
         match written {
             Ok(()) => reply.written(data.len() as u32),
             Err(failed) => {

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
@@ -21,7 +21,9 @@ use crate::sys::fuse_device;
 
 /// A request that lies for so long is not taken by any worker. (One that waits takes it at once; it knows more, such as how to
 /// tell a filesystem's size.)
-const LIES: Duration = Duration::from_millis(20);
+const LIES: Duration = Duration::from_millis(100);
+/// For so long after that, whatever comes is not taken by any worker either.
+const HUNG: Duration = Duration::from_secs(1);
 
 /// See the module's text. Stops when dropped, and waits for that.
 pub struct Refuser {
@@ -46,7 +48,8 @@ impl Refuser {
         })?;
         let thread = std::thread::Builder::new().name("lethefs-refuse".into()).spawn(move || {
             let mut room = Room::default();
-            while lies(&device, &stopped) {
+            let mut hung_until = Instant::now();
+            while lies(&device, &stopped, &mut hung_until) {
                 let Phase::Closed(reason) = fs.gate.phase() else { return };
                 loop {
                     match room.refuse_next(&device, Failed::from(reason).errno()) {
@@ -78,7 +81,7 @@ impl Drop for Refuser {
 }
 
 /// Waits for a request that nobody takes. `false`: stopped.
-fn lies(device: &OwnedFd, stop: &OwnedFd) -> bool {
+fn lies(device: &OwnedFd, stop: &OwnedFd, hung_until: &mut Instant) -> bool {
     loop {
         let mut ready = [
             PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
@@ -88,6 +91,9 @@ fn lies(device: &OwnedFd, stop: &OwnedFd) -> bool {
         if !ready[0].revents().is_empty() {
             return false;
         }
+        if Instant::now() < *hung_until {
+            return true;
+        }
         let moment = Timespec { tv_sec: 0, tv_nsec: LIES.as_nanos() as i64 };
         let mut stopped = [PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
         if !matches!(rustix::event::poll(&mut stopped, Some(&moment)), Ok(0) | Err(_)) {
@@ -96,6 +102,7 @@ fn lies(device: &OwnedFd, stop: &OwnedFd) -> bool {
         let mut still = [PollFd::from_borrowed_fd(device.as_fd(), PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         if matches!(rustix::event::poll(&mut still, Some(&now)), Ok(1..)) {
+            *hung_until = Instant::now() + HUNG;
             return true;
         }
     }

@@ -6,7 +6,7 @@
 //! connection, has the kernel drop every inode's pages and attributes, and unmounts, so that the next mount works.
 //!
 //! A daemon that stands still (SIGSTOP, a frozen control group) hears of no revocation, and its mount serves on what is cached. So
-//! it says in the shared list by when it will be heard of again, and one that is [overdue](overdue) is killed.
+//! it says in the shared list by when it will be heard of again, and one that is overdue is killed (`overdue`).
 //!
 //! It also is what signals are sent to by those who know only the process that they started, and ends as the daemon ended.
 

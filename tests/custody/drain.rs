@@ -147,6 +147,37 @@ fn many_files_that_hang_keep_no_other_in_the_cache() {
 }
 
 #[test]
+fn a_read_that_hangs_holds_up_no_drain() {
+    let server = Server::start(Storage::Memory);
+    let (store, v, _heals) = on_faulty(&server);
+    v.mount(&[OFTEN, EXPIRED]);
+    fs::write(v.at("file"), vec![b'7'; 1 << 20]).unwrap();
+    v.remount(&[OFTEN, EXPIRED]);
+    let script =
+        "f = os.open('file', os.O_RDONLY)\nos.posix_fadvise(f, 0, 0, os.POSIX_FADV_RANDOM)\nos.pread(f, 8192, 0)\n";
+    let mut cached = Program::new(&v, &format!("{script}def look(): return os.pread(f, 1, 5000)"));
+    let mut reads = Program::new(&v, &format!("{script}def look(): return os.pread(f, 1, 3 << 18)"));
+    store.hang_after(0, Quiet::Read);
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| reads.look());
+        store.wait_for_hung(1);
+        assert_eq!(cached.look(), "ok b'7'");
+        server.stop();
+        wait_for_lease(&v, "sealing");
+        refused(&mut cached);
+        assert_eq!(reading.join().unwrap(), format!("errno {EKEYEXPIRED}"));
+    });
+    store.heal();
+    let seal = wait_for_lease(&v, "expired")["last_seal"].clone();
+    assert_eq!((&seal["drained"], &seal["left_inodes"]), (&json!(true), &json!(0)), "{seal}");
+    server.cont();
+    wait_for_state(&v, "active");
+    assert_eq!(cached.look(), "ok b'7'");
+    drop((cached, reads));
+    v.umount();
+}
+
+#[test]
 fn a_write_over_a_sealed_file_that_fails_is_counted() {
     let server = Server::start(Storage::Memory);
     let (store, v, _heals) = on_faulty(&server);

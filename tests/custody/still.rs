@@ -55,4 +55,5 @@ fn one_that_is_sealed_may_stand_still() {
     wait_for_state(&v, "active");
     assert!(due(&v) > first);
     v.umount();
+    assert!(!v.log().contains("a worker has ended"), "that was no error: {}", v.log());
 }
