@@ -5,7 +5,8 @@
 //! - [`core`] the shared part; [`namespace`] names; [`data`] contents; [`attributes`] stat and xattrs;
 //! - `check` what a check of a live volume needs; `damage` what is told of damage;
 //! - [`errno`] the one table from failures to errno; [`adapter`] fuser; [`session`] mounting, threads;
-//! - [`gate`] who may pass, and [`seal`] how a live mount is sealed, purged, scrubbed ([`scrub`]) and opened again.
+//! - [`gate`] who may pass, and [`seal`] how a live mount is sealed, purged, scrubbed ([`scrub`]) and opened again; [`owed`] and
+//!   [`refuser`] what a disk that hangs would hold up.
 
 pub mod adapter;
 pub mod attributes;
@@ -20,6 +21,8 @@ pub mod gate;
 pub mod inode;
 pub mod namespace;
 pub mod notify;
+pub mod owed;
+pub mod refuser;
 pub mod scrub;
 pub mod seal;
 pub mod session;

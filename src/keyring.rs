@@ -359,19 +359,20 @@ impl Keyring {
     }
 
     /// Closes the ring and wipes every key. When this returns no closure runs and none will, until somebody opens the ring
-    /// [again](Self::reopen).
-    pub fn wipe(&self, reason: SealReason) {
+    /// [again](Self::reopen). Whether it was open.
+    pub fn wipe(&self, reason: SealReason) -> bool {
         let code = match reason {
             SealReason::Revoked => 1,
             SealReason::Expired => 2,
             SealReason::Unmounted => 3,
         };
         // The newer reason counts: an expired lease may turn out to be a revoked key.
-        self.closed.store(code, Ordering::SeqCst);
+        let was_open = self.closed.swap(code, Ordering::SeqCst) == 0;
         write(&self.keks).arena.wipe();
         for shard in &self.shards {
             write(shard).wipe();
         }
+        was_open
     }
 
     /// Why the ring is closed, if it is.

@@ -1,7 +1,10 @@
 //! `fuser` on one side, [`Filesystem`] on the other: decodes, calls, replies. The only room that names fuser's reply types.
 
+mod worker;
+
 use std::cell::RefCell;
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +19,7 @@ use fuser::{
 
 use zeroize::Zeroize as _;
 
+use self::worker::Owing;
 use super::attributes::{Attributes, Changes, SetTime, Type};
 use super::core::{Caller, Filesystem, Outcome};
 use super::errno::Failed;
@@ -46,14 +50,20 @@ thread_local! {
 /// The filesystem as fuser wants it.
 pub struct Adapter {
     fs: Arc<Filesystem>,
+    device: Arc<OwnedFd>,
     no_open: bool,
     no_opendir: bool,
 }
 
 impl Adapter {
-    /// Around a filesystem.
-    pub fn new(fs: Arc<Filesystem>) -> Self {
-        Self { fs, no_open: false, no_opendir: false }
+    /// Around a filesystem. `device`: of the connection.
+    pub fn new(fs: Arc<Filesystem>, device: Arc<OwnedFd>) -> Self {
+        Self { fs, device, no_open: false, no_opendir: false }
+    }
+
+    /// From now on a seal may refuse this.
+    fn owe(&self, owing: Owing) {
+        worker::place(&self.fs, &self.device).put(owing);
     }
 
     /// What every operation begins with: counting, and refusing once the mount is being sealed.
@@ -287,8 +297,11 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.owe(Owing::Data(reply));
         let target = self.enter().and_then(|()| self.fs.readlink(ino.0));
-        self.answer(reply, target, |reply, target| reply.data(&target));
+        if let Some(Owing::Data(reply)) = worker::owed() {
+            self.answer(reply, target, |reply, target| reply.data(&target));
+        }
     }
 
     fn mknod(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
@@ -373,16 +386,16 @@ impl fuser::Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        if let Err(failed) = self.enter() {
-            return reply.error(errno(failed));
-        }
+        self.owe(Owing::Data(reply));
         PLAIN.with_borrow_mut(|plain| {
             let size = size as usize;
             if plain.len() < size {
                 plain.resize(size, 0);
             }
-            let read = self.fs.read(ino.0, offset, &mut plain[..size]);
-            self.answer(reply, read, |reply, n| reply.data(&plain[..n]));
+            let read = self.enter().and_then(|()| self.fs.read(ino.0, offset, &mut plain[..size]));
+            if let Some(Owing::Data(reply)) = worker::owed() {
+                self.answer(reply, read, |reply, n| reply.data(&plain[..n]));
+            }
         });
     }
 
@@ -400,8 +413,10 @@ impl fuser::Filesystem for Adapter {
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         saw(WRITE_IN, &[data]);
+        self.owe(Owing::Write(reply, ino.0, data.len() as u64));
         // The guard goes first and the answer second: whoever waits for writes waits for what they do, not for who asked.
         let written = self.enter_writing().and_then(|_in_flight| self.fs.write(ino.0, offset, data, kill));
+        let Some(Owing::Write(reply, ..)) = worker::owed() else { return };
         match written {
             Ok(()) => reply.written(data.len() as u32),
             Err(failed) => {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::errno::Failed;
 use super::gate::Gate;
 use super::inode::{FdCache, Inode, InodeTable, Kind, Link, Open, lock};
+use super::owed::Owed;
 use super::scrub::Scrub;
 use crate::keyring::Dek;
 use crate::sys::shared_list::SharedList;
@@ -49,6 +50,8 @@ pub struct Counters {
     pub written: AtomicU64,
     /// Requests answered.
     pub requests: AtomicU64,
+    /// Workers that ended while the mount was there.
+    pub lost_workers: AtomicU64,
 }
 
 /// The filesystem over one volume. All methods may be called from any thread.
@@ -65,6 +68,8 @@ pub struct Filesystem {
     pub counters: Counters,
     /// Who may pass.
     pub gate: Gate,
+    /// Replies that a seal may refuse.
+    pub owed: Owed,
     /// Workers overwrite what passed through them.
     pub scrub: Scrub,
     /// Who we are: files made by others are handed over to them.
@@ -102,6 +107,7 @@ impl Filesystem {
             acl,
             counters: Counters::default(),
             gate: Gate::default(),
+            owed: Owed::default(),
             scrub: Scrub::default(),
             owner: Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() },
             started: Instant::now(),

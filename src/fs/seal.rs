@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::gate::{Phase, Turn};
 use super::inode::lock;
 use super::notify;
+use super::refuser::Refuser;
 use super::session::MountHandle;
 use crate::crypto::Key32;
 use crate::keyring::SealReason;
@@ -33,6 +34,15 @@ const MOST_PURGERS: usize = 512;
 const STALLED: Duration = Duration::from_millis(50);
 /// A purger needs next to nothing.
 const PURGER_STACK: usize = 64 << 10;
+
+/// What a purge does about writes that were let in and hang: the kernel does not drop their pages before they are answered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Writes {
+    /// Waits for them.
+    Awaited,
+    /// Refuses them after half of its time. What they write may be there all the same.
+    Refused,
+}
 
 /// What a seal did.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -64,16 +74,15 @@ impl MountHandle {
     /// everything but statfs, the root's stat and unmounting fails with `EKEYREVOKED` (or `EKEYEXPIRED`).
     pub fn seal(&self, reason: SealReason) -> SealReport {
         let begun = Instant::now();
-        let sealed_now = self.fs.volume.keys().sealed().is_none();
         let dropped = self.fs.gate.dropped();
-        self.abandon(reason);
+        let sealed_now = self.abandon(reason);
         let keys_wiped_us = micros(begun);
         let free = self.sealing.try_lock();
         if let Ok(Some(done)) = free.as_deref() {
             return SealReport { sealed_now: false, reason, ..*done };
         }
         // Not behind an orderly seal that is under way: its keys are gone, and it may wait for a disk.
-        let (purged_inodes, left_inodes) = self.purge(PURGE);
+        let (purged_inodes, left_inodes) = self.purge(PURGE, Writes::Refused);
         let mut done = free.unwrap_or_else(|_| lock(&self.sealing));
         if let Some(done) = *done {
             return SealReport { sealed_now, reason, purged_inodes, left_inodes, ..done };
@@ -94,10 +103,14 @@ impl MountHandle {
         report
     }
 
-    /// Closes gate and keyring, or changes the reason for which they are closed, and nothing else. Waits for no disk.
-    pub fn abandon(&self, reason: SealReason) {
+    /// Closes gate and keyring, or changes the reason for which they are closed, and nothing else. Waits for no disk. Whether
+    /// this call wiped the keys.
+    pub fn abandon(&self, reason: SealReason) -> bool {
         self.fs.gate.close(reason);
-        self.fs.volume.keys().wipe(reason);
+        let wiped = self.fs.volume.keys().wipe(reason);
+        // The gate would not let their answers pass, and until then the kernel keeps their pages.
+        self.fs.owed.refuse(false, reason.into());
+        wiped
     }
 
     /// Lets everything dirty through first. If the backing filesystem does not take it within `drain`, the keys go all the
@@ -111,7 +124,10 @@ impl MountHandle {
         }
         let turn = self.fs.gate.drain(reason);
         let drained = match turn {
-            Some(turn) if still() => self.drain_until(turn, drain),
+            Some(turn) if still() => {
+                self.fs.owed.refuse(false, reason.into());
+                self.drain_until(turn, drain)
+            }
             // Revoked meanwhile.
             _ => None,
         };
@@ -120,13 +136,14 @@ impl MountHandle {
             Phase::Closed(newer) => newer,
             _ => reason,
         };
-        self.abandon(reason);
+        // Not if somebody with more haste has done it, who reports it then.
+        let sealed_now = self.abandon(reason);
         let keys_wiped_us = micros(begun);
         // What slipped into the kernel's cache between its purge and the closing.
-        let (purged_inodes, left_inodes) = self.purge(PURGE);
+        let (purged_inodes, left_inodes) = self.purge(PURGE, Writes::Refused);
         let dropped_bytes = self.fs.gate.dropped() - dropped;
         let report = SealReport {
-            sealed_now: true,
+            sealed_now,
             reason,
             purged_inodes,
             left_inodes,
@@ -173,8 +190,8 @@ impl MountHandle {
     fn drain(&self, turn: Turn, patience: Duration) -> Option<usize> {
         self.push(patience / 10);
         // Twice: a write(2) that had looked at the attributes before may dirty a page behind the first one's back.
-        self.purge(patience);
-        self.purge(patience);
+        self.purge(patience, Writes::Awaited);
+        self.purge(patience, Writes::Awaited);
         // It may have taken so long that the mount was sealed without it, and perhaps opened again.
         if !self.fs.gate.close_after(turn) || !self.fs.gate.writes_done(patience) {
             return None;
@@ -204,25 +221,44 @@ impl MountHandle {
     pub fn reopen(&self, keks: &[(u32, u32, &Key32)]) {
         let mut done = lock(&self.sealing);
         if done.take().is_some() {
+            drop(lock(&self.refuser).take());
             self.fs.volume.keys().reopen(keks);
             self.fs.gate.open();
         }
     }
 
+    /// Says no in the place of workers that hang, if it is not done already.
+    fn refuse_for_workers(&self) {
+        let mut refuser = lock(&self.refuser);
+        if refuser.as_ref().is_none_or(Refuser::is_over) {
+            match Refuser::start(self.fs.clone(), self.device.as_fd()) {
+                Ok(started) => *refuser = Some(started),
+                Err(error) => tracing::error!(%error, "while all workers hang, requests hang as well"),
+            }
+        }
+    }
+
     /// Has every worker overwrite what passed through it. How many did not.
     fn scrub(&self) -> usize {
+        // Its requests are for workers.
+        drop(lock(&self.refuser).take());
         let mountpoint = self.mountpoint.clone();
         let unscrubbed = self.fs.scrub.run(self.workers, move || {
             let _ = rustix::fs::statvfs(mountpoint.as_path());
         });
         wiping::unused_stack();
+        if unscrubbed > 0 {
+            self.refuse_for_workers();
+        }
         unscrubbed
     }
 
     /// Has the kernel drop what it caches of every inode. How many it was told of, and how many of them it had not finished
     /// when the time was up.
-    fn purge(&self, patience: Duration) -> (usize, usize) {
-        let until = Instant::now() + patience;
+    fn purge(&self, patience: Duration, writes: Writes) -> (usize, usize) {
+        let begun = Instant::now();
+        let until = begun + patience;
+        let mut refuse_writes = writes == Writes::Refused;
         let _ = notify::inc_epoch(self.device.as_fd());
         let inodes = self.fs.inodes.all();
         let total = inodes.len();
@@ -255,8 +291,21 @@ impl MountHandle {
                     answered += 1;
                     purged += usize::from(known);
                 }
-                Err(_) if purgers < MOST_PURGERS.min(total) => start(purgers.max(1), &mut purgers),
-                Err(_) => {}
+                Err(_) => {
+                    if purgers < MOST_PURGERS.min(total) {
+                        start(purgers.max(1), &mut purgers);
+                    }
+                    if writes == Writes::Refused {
+                        self.refuse_for_workers();
+                    }
+                }
+            }
+            if refuse_writes && begun.elapsed() >= patience / 2 {
+                refuse_writes = false;
+                let why = self.fs.gate.check().err().unwrap_or(SealReason::Revoked);
+                for (ino, bytes) in self.fs.owed.refuse(true, why.into()) {
+                    self.fs.dropped(ino, bytes);
+                }
             }
         }
         if answered < total {

@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use super::adapter::Adapter;
 use super::core::Filesystem;
+use super::refuser::Refuser;
 use super::seal::SealReport;
 use crate::keyring::SealReason;
 use crate::sys::shared_list::SharedList;
@@ -93,6 +94,8 @@ pub struct MountStatus {
     pub cached_keys: usize,
     /// Bytes that programs had written and seals refused.
     pub dropped_bytes: u64,
+    /// Worker threads that ended with an error.
+    pub lost_workers: u64,
     /// Why the keys were wiped, if they were.
     pub sealed: Option<SealReason>,
 }
@@ -110,6 +113,7 @@ pub struct MountHandle {
     pub(super) fs: Arc<Filesystem>,
     pub(super) device: Arc<OwnedFd>,
     pub(super) sealing: Arc<Mutex<Option<SealReport>>>,
+    pub(super) refuser: Arc<Mutex<Option<Refuser>>>,
     pub(super) mountpoint: Arc<PathBuf>,
     pub(super) workers: usize,
 }
@@ -141,8 +145,14 @@ impl Mounted {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         let workers = options.threads.unwrap_or(processors.max(4));
         let mountpoint_of = Arc::new(mountpoint.to_owned());
-        let handle =
-            MountHandle { fs: fs.clone(), device, sealing: Arc::default(), mountpoint: mountpoint_of, workers };
+        let handle = MountHandle {
+            fs: fs.clone(),
+            device,
+            sealing: Arc::default(),
+            refuser: Arc::default(),
+            mountpoint: mountpoint_of,
+            workers,
+        };
         made(fuse.as_fd()).and_then(|()| Self::serve(fs, fuse, &handle)).inspect_err(|_| {
             let _ = unmount_path(mountpoint, true);
         })
@@ -152,7 +162,12 @@ impl Mounted {
         let mut config = fuser::Config::default();
         config.n_threads = Some(handle.workers);
         // The kernel keeps others out (allow_other); fuser need not ask again.
-        let session = fuser::Session::from_fd(Adapter::new(fs.clone()), fuse, fuser::SessionACL::All, config)?;
+        let session = fuser::Session::from_fd(
+            Adapter::new(fs.clone(), handle.device.clone()),
+            fuse,
+            fuser::SessionACL::All,
+            config,
+        )?;
         let session = std::thread::Builder::new().name("lethefs-session".into()).spawn(move || session.run())?;
         let sealing = fs.clone();
         let sealer = std::thread::Builder::new().name("lethefs-sealer".into()).spawn(move || sealing.run_sealer())?;
@@ -239,6 +254,7 @@ impl MountHandle {
             key_memory,
             cached_keys,
             dropped_bytes: fs.gate.dropped(),
+            lost_workers: fs.counters.lost_workers.load(Ordering::Relaxed),
             sealed: fs.volume.keys().sealed(),
         }
     }

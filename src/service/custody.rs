@@ -6,6 +6,7 @@
 //! and does the seals that wait for a disk; the recorder writes the audit log.
 
 mod alarm;
+mod meanwhile;
 mod recorder;
 mod status;
 
@@ -15,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use self::alarm::Alarm;
-pub(super) use self::alarm::Bell;
-pub use self::alarm::tick;
+pub(super) use self::alarm::{Alarm, Bell};
+pub use self::alarm::{running, tick};
+pub(super) use self::meanwhile::while_renewed;
 use self::recorder::Recorder;
 pub use self::status::CustodyStatus;
 use super::now;
@@ -27,7 +28,8 @@ use crate::fs::seal::{DRAIN, PURGE, SealReport};
 use crate::fs::session::MountHandle;
 use crate::keyring::SealReason;
 use crate::keyring::lease::{Action, Answer, Lease, State, Terms, Tick};
-use crate::kms::{Failure, Standing};
+use crate::kms::Failure;
+use crate::sys::shared_list::{Due, SharedList};
 
 /// From one proof to the next, unless `--renew-interval` says otherwise.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(5);
@@ -35,6 +37,8 @@ pub const RENEW_INTERVAL: Duration = Duration::from_secs(5);
 pub const GRACE: Duration = Duration::from_secs(600);
 /// What `--renew-interval` may be. Shorter ones keep a key service busy, longer ones promise nothing.
 pub const INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(24 * 3600);
+/// How long a seal takes at most, whatever hangs: what is dirty, what is cached, workers' buffers, and the rest for threads to run.
+const SEAL: Duration = DRAIN.saturating_add(PURGE).saturating_add(Duration::from_secs(10));
 /// An attempt counts as unanswered after this, or after two intervals if that is less.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -55,6 +59,8 @@ struct Inner {
     doing: usize,
     /// A seal in order, which waits for a disk: for the deadline thread.
     drain: bool,
+    /// The kernel may have plaintext cached: the mount is open, or its seal is not done.
+    exposed: bool,
     renewals: Renewals,
 }
 
@@ -62,6 +68,8 @@ struct Inner {
 pub(super) struct Custody {
     prover: Prover,
     handle: MountHandle,
+    /// Where the supervisor looks whether this is alive.
+    list: Arc<SharedList>,
     recorder: Recorder,
     inner: Mutex<Inner>,
     /// Held by whoever seals or resumes. A seal at once does not wait for one in order.
@@ -73,22 +81,22 @@ pub(super) struct Custody {
 }
 
 impl Custody {
-    /// Starts it. `asked`: when the KEK was asked for that the mount runs on.
+    /// Starts it. `asked`: when the newest proof was asked for; `proving`: what the prover's slots ring.
     ///
     /// # Errors
     /// The system's.
     pub(super) fn start(
-        mut prover: Prover,
-        terms: Terms,
-        asked: Tick,
+        (prover, proving): (Prover, Alarm),
+        (terms, asked): (Terms, Tick),
         handle: MountHandle,
+        list: Arc<SharedList>,
         audit: Arc<Sink>,
     ) -> io::Result<Arc<Self>> {
-        let (proving, deadline) = (Alarm::new()?, Alarm::new()?);
-        prover.start(&proving.bell())?;
+        let deadline = Alarm::new()?;
         let custody = Arc::new(Self {
             prover,
             handle,
+            list,
             recorder: Recorder::start(audit)?,
             inner: Mutex::new(Inner {
                 lease: Lease::new(terms, asked),
@@ -99,6 +107,7 @@ impl Custody {
                 last_seal: None,
                 doing: 0,
                 drain: false,
+                exposed: true,
                 renewals: Renewals::default(),
             }),
             acting: Mutex::new(()),
@@ -152,15 +161,8 @@ impl Custody {
 
     /// Does what follows from what a key service said.
     fn heard(&self, heard: Heard) {
+        let answer = heard.answer();
         let Heard { slot, asked, proved, request_id } = heard;
-        let answer = match &proved {
-            Ok(()) => Answer::Proved,
-            Err(error) => match error.failure.standing() {
-                Standing::Revoked => Answer::Refused,
-                Standing::Destroyed => Answer::Destroyed,
-                Standing::Uncertain => Answer::Nothing,
-            },
-        };
         let failure = proved.err();
         if let Some(error) = &failure {
             tracing::warn!(class = ?error.failure, detail = error.detail.as_deref(), "the key service: {error}");
@@ -236,6 +238,11 @@ impl Custody {
         let action = change(&mut inner.lease);
         let after = inner.lease.state();
         inner.doing += usize::from(action.is_some());
+        if inner.exposed && after.serves() {
+            self.list.set_due(Some(Due::SinceBoot(inner.lease.proved() + inner.lease.terms().longest())));
+        } else if inner.exposed && action.is_some() {
+            self.list.set_due(Some(Due::Running(running() + SEAL)));
+        }
         if before != after {
             inner.since = now();
             let why = inner.failure.map(Failure::word);
@@ -248,11 +255,18 @@ impl Custody {
     }
 
     fn sealed(&self, report: SealReport, by: &str, peer: Option<Peer>) {
-        if !report.sealed_now {
-            return;
+        {
+            let mut inner = self.inner();
+            if !self.handle.is_open() {
+                inner.exposed = false;
+                self.list.set_due(None);
+            }
+            if !report.sealed_now {
+                return;
+            }
+            inner.last_seal = Some(report);
         }
         tracing::warn!(?report, "sealed");
-        self.inner().last_seal = Some(report);
         let counts = serde_json::to_value(report).unwrap_or_default();
         self.recorder.record(peer, Event::Seal { reason: word(&report.reason), by: by.into(), counts });
     }
@@ -263,6 +277,12 @@ impl Custody {
                 self.recorder.record(None, fetched.event);
                 // Who asks for a seal meanwhile has changed the lease already, or seals after this.
                 if self.serves() {
+                    {
+                        let mut inner = self.inner();
+                        inner.exposed = true;
+                        let seals = inner.lease.proved() + inner.lease.terms().longest();
+                        self.list.set_due(Some(Due::SinceBoot(seals)));
+                    }
                     self.handle.reopen(&[(fetched.scope, fetched.version, &fetched.kek)]);
                     tracing::warn!("resumed");
                     let resumed = Event::Resume {

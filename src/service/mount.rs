@@ -17,6 +17,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::control::{self, Client, Op, Status};
+use super::custody::Alarm;
 use super::prover::Prover;
 use super::record::{self, Files, Record, path_text};
 use super::{Error, SCHEMA, backing, custody, fsck, journal, mountinfo, places, supervisor, trust, umount};
@@ -26,6 +27,7 @@ use crate::keyring::SealReason;
 use crate::keyring::lease::Terms;
 use crate::kms::{KeyIdentity, KeyUri};
 use crate::sys::process;
+use crate::sys::shared_list::Due;
 use crate::volume::meta::VolumeFile;
 use crate::volume::storage::Errno;
 use crate::volume::{Volume, VolumeError, replay};
@@ -110,6 +112,9 @@ pub fn run(
     let asked = custody::tick();
     let mut unlocked = unlock::unlock(&grant, journal.as_ref(), "mount")?;
     let prover = Prover::new(&grant, &mut unlocked);
+    let proving = Alarm::new()
+        .and_then(|alarm| prover.start(&alarm.bell()).map(|()| alarm))
+        .map_err(Error::io("cannot set up renewal"))?;
     let unlock::Unlocked { keys, body, used, repair, audit, .. } = unlocked;
     warnings.extend(super::audit::complaint(&audit));
     if let Some(journal) = &journal {
@@ -133,7 +138,12 @@ pub fn run(
         });
     }
     remember(&pin, &mut warnings)?;
-    warnings.extend(after_unclean_end(&volume)?);
+    // May take minutes, with the keys there.
+    let lease = (request.terms, asked);
+    let (replayed, renewed) =
+        custody::while_renewed(&prover, &proving, lease, volume.keys(), &audit, || after_unclean_end(&volume));
+    let asked = renewed?;
+    warnings.extend(replayed?);
     if request.options.no_log {
         warnings.push("there is no intent log (unsafe_no_log): a crash can make files unreadable".into());
     }
@@ -161,11 +171,14 @@ pub fn run(
     // Caught and not looked at: a write beyond a hard limit on file sizes then fails instead of ending the mount.
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(Error::io("cannot catch signals"))?;
     let log = (!request.foreground).then_some(report.log.as_path());
+    // If this process is stopped before it has begun to renew.
+    link.list().set_due(Some(Due::SinceBoot(asked + request.terms.longest())));
     let tell = |fuse: BorrowedFd<'_>| link.mounted(&mountpoint, &files, log, fuse);
     let mounted = Mounted::start(volume, &mountpoint, &request.options, Some(link.list()), tell)
         .map_err(|error| Error::Mount(format!("cannot mount at {}: {error}", mountpoint.display())))?;
     let handle = mounted.handle();
-    let keeping = custody::Custody::start(prover, request.terms, asked, handle.clone(), audit.clone());
+    let keeping =
+        custody::Custody::start((prover, proving), (request.terms, asked), handle.clone(), link.list(), audit.clone());
     let kept = keeping.as_ref().ok().cloned();
     let started = keeping
         .and_then(|custody| serve_control(&files, &record, &report, handle.clone(), custody))

@@ -18,7 +18,7 @@ use crate::audit::Event;
 use crate::crypto::ids::unhex;
 use crate::crypto::{Key32, VolumeId};
 use crate::keyring;
-use crate::keyring::lease::Tick;
+use crate::keyring::lease::{Answer, Tick};
 use crate::kms::{self, Binding, Failure, KeySource, KmsError, Purpose, Standing};
 
 /// See the module's text.
@@ -44,6 +44,18 @@ pub(super) struct Heard {
 }
 
 impl Heard {
+    /// What it means to a lease.
+    pub(super) fn answer(&self) -> Answer {
+        match &self.proved {
+            Ok(()) => Answer::Proved,
+            Err(error) => match error.failure.standing() {
+                Standing::Revoked => Answer::Refused,
+                Standing::Destroyed => Answer::Destroyed,
+                Standing::Uncertain => Answer::Nothing,
+            },
+        }
+    }
+
     fn silence(&self) -> bool {
         matches!(&self.proved, Err(error) if error.failure.standing() == Standing::Uncertain)
     }
@@ -120,7 +132,7 @@ impl Prover {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn start(&mut self, bell: &Bell) -> io::Result<()> {
+    pub(super) fn start(&self, bell: &Bell) -> io::Result<()> {
         for (n, door) in self.doors.iter().enumerate() {
             let (ask, asked) = channel();
             let _ = door.ask.set(ask);

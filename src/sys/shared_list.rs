@@ -1,11 +1,46 @@
 //! A list of numbers in memory that a process shares with those it forks: which inodes the kernel may cache, for the
-//! supervisor. Holds no secret.
+//! supervisor; and by when the daemon will be heard of. Holds no secret.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Words in front of the numbers: the place that was used last, and when the daemon is due.
+const HEADER: usize = 2;
+
+/// By when a daemon will have said something else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Due {
+    /// On CLOCK_BOOTTIME, which goes on while the machine is suspended.
+    SinceBoot(Duration),
+    /// On CLOCK_MONOTONIC, which does not.
+    Running(Duration),
+}
+
+impl Due {
+    /// Nanoseconds and, in the lowest bit, which clock. Zero is none.
+    fn word(self) -> u64 {
+        let (at, running) = match self {
+            Self::SinceBoot(at) => (at, 0),
+            Self::Running(at) => (at, 1),
+        };
+        // Enough for 292 years.
+        let nanoseconds = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX).clamp(1, u64::MAX >> 1);
+        nanoseconds << 1 | running
+    }
+
+    fn of(word: u64) -> Option<Self> {
+        let at = Duration::from_nanos(word >> 1);
+        match (word, word & 1) {
+            (0, _) => None,
+            (_, 0) => Some(Self::SinceBoot(at)),
+            _ => Some(Self::Running(at)),
+        }
+    }
+}
 
 /// Numbers that fit, most first: memory is used only as far as the list was ever long (8 bytes each), but a system that
 /// overcommits nothing counts all of it.
@@ -19,10 +54,15 @@ pub struct SharedList {
     free: Mutex<Free>,
 }
 
-#[derive(Default)]
 struct Free {
     places: Vec<u32>,
     used: usize,
+}
+
+impl Default for Free {
+    fn default() -> Self {
+        Self { places: Vec::new(), used: HEADER - 1 }
+    }
 }
 
 // SAFETY: the mapping is owned by this value and lives until drop; it is reached only as atomics.
@@ -58,7 +98,7 @@ impl SharedList {
         Ok(Self { start, capacity, free: Mutex::default() })
     }
 
-    /// All places: the first holds how many were ever used.
+    /// All places, the header's first.
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: `start` is page-aligned and mapped for `capacity` words until drop, zeroed at first; another process
         // changes them only as atomics, too.
@@ -81,11 +121,21 @@ impl SharedList {
         Some(Entry { list: self.clone(), place: place as u32 })
     }
 
+    /// Says by when something else will be said here. `None`: nobody need wait for it.
+    pub fn set_due(&self, due: Option<Due>) {
+        self.words()[1].store(due.map_or(0, Due::word), Ordering::SeqCst);
+    }
+
+    /// What was said last.
+    pub fn due(&self) -> Option<Due> {
+        Due::of(self.words()[1].load(Ordering::SeqCst))
+    }
+
     /// The numbers in it.
     pub fn numbers(&self) -> Vec<u64> {
         let words = self.words();
-        let used = (words[0].load(Ordering::SeqCst) as usize).min(self.capacity - 1);
-        words[1..=used].iter().map(|word| word.load(Ordering::SeqCst)).filter(|number| *number != 0).collect()
+        let used = (words[0].load(Ordering::SeqCst) as usize).clamp(HEADER - 1, self.capacity - 1);
+        words[HEADER..=used].iter().map(|word| word.load(Ordering::SeqCst)).filter(|number| *number != 0).collect()
     }
 }
 
@@ -115,7 +165,7 @@ mod tests {
 
     #[test]
     fn what_is_added_is_there_until_it_is_dropped() {
-        let list = Arc::new(SharedList::map(4).unwrap());
+        let list = Arc::new(SharedList::map(HEADER + 3).unwrap());
         let (a, b, c) = (list.add(10).unwrap(), list.add(20).unwrap(), list.add(30).unwrap());
         assert!(list.add(40).is_none(), "full");
         assert_eq!(list.numbers(), [10, 20, 30]);
@@ -135,8 +185,9 @@ mod tests {
         match unsafe { libc::fork() } {
             0 => {
                 let words = list.words();
-                words[2].store(words[1].load(Ordering::SeqCst) + 6, Ordering::SeqCst);
-                words[0].store(2, Ordering::SeqCst);
+                words[HEADER + 1].store(words[HEADER].load(Ordering::SeqCst) + 6, Ordering::SeqCst);
+                words[0].store(HEADER as u64 + 1, Ordering::SeqCst);
+                list.set_due(Some(Due::Running(Duration::from_secs(9))));
                 // SAFETY: ends this process alone, without running anything.
                 unsafe { libc::_exit(0) }
             }
@@ -146,5 +197,24 @@ mod tests {
             }
         }
         assert_eq!(list.numbers(), [1, 7]);
+        assert_eq!(list.due(), Some(Due::Running(Duration::from_secs(9))));
+    }
+
+    #[test]
+    fn what_is_due() {
+        let list = SharedList::map(HEADER + 1).unwrap();
+        assert_eq!(list.due(), None);
+        let at = Duration::new(3 * 365 * 24 * 3600, 123_456_789);
+        for due in [Due::SinceBoot(at), Due::Running(at), Due::SinceBoot(Duration::from_nanos(1))] {
+            list.set_due(Some(due));
+            assert_eq!(list.due(), Some(due));
+        }
+        // Whatever the time, it is a time.
+        for at in [Duration::ZERO, Duration::MAX] {
+            list.set_due(Some(Due::SinceBoot(at)));
+            assert!(matches!(list.due(), Some(Due::SinceBoot(_))));
+        }
+        list.set_due(None);
+        assert_eq!((list.due(), list.numbers()), (None, vec![]));
     }
 }

@@ -19,6 +19,7 @@ use super::storage::{self, Errno, FileType};
 use super::{Damage, Volume, VolumeError, dir, names};
 use crate::crypto::ObjectId;
 use crate::crypto::kdf::DekLabel;
+use crate::keyring::KeyringError;
 
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +82,10 @@ pub fn replay(volume: &Volume) -> Result<Replayed, VolumeError> {
             }
             Err(error) => return Err(error),
         }
+    }
+    // What does not open under keys that were wiped meanwhile is not lost.
+    if let Some(reason) = volume.keys().sealed() {
+        return Err(KeyringError::Sealed(reason).into());
     }
     // Also what the files hold without a record: from here on it is on the medium.
     storage::sync_filesystem(root)?;

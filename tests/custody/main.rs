@@ -3,10 +3,13 @@
 
 mod bound;
 mod cluster;
+mod drain;
+mod hung;
 mod memory;
 mod outage;
 mod revoked;
 mod slots;
+mod still;
 mod supervisor;
 #[path = "../support/mod.rs"]
 mod support;

@@ -50,13 +50,21 @@ fn all_there(v: &TestVolume, writer: usize, written: usize) {
 }
 
 /// A network between the mount and the server, which can be cut: then nothing passes any more, and nobody is told.
-struct Network {
-    address: String,
+pub(crate) struct Network {
+    pub(crate) address: String,
     cut: Arc<AtomicBool>,
 }
 
 impl Network {
-    fn before(server: &Server) -> Self {
+    pub(crate) fn cut(&self) {
+        self.cut.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn mend(&self) {
+        self.cut.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn before(server: &Server) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("https://{}", listener.local_addr().unwrap());
         let (port, cut) = (server.port(), Arc::new(AtomicBool::new(false)));
@@ -153,12 +161,7 @@ fn hung_for_longer_than_the_grace() {
 fn cut_off_for_longer_than_the_grace() {
     let server = Server::start(Storage::Memory);
     let network = Network::before(&server);
-    outage_of(
-        server,
-        |_, v| v.env("VAULT_ADDR", network.address.clone()),
-        |_| network.cut.store(true, Ordering::SeqCst),
-        |_| network.cut.store(false, Ordering::SeqCst),
-    );
+    outage_of(server, |_, v| v.env("VAULT_ADDR", network.address.clone()), |_| network.cut(), |_| network.mend());
 }
 
 #[test]
@@ -248,6 +251,7 @@ fn a_disk_that_hangs_keeps_neither_the_keys_nor_the_mount() {
     let seal = custody(&v)["last_seal"].clone();
     assert_eq!((&seal["drained"], &seal["reason"]), (&false.into(), &"expired".into()), "{seal}");
     assert!(seal["unscrubbed_workers"].as_u64().unwrap() >= 1, "who hangs is counted: {seal}");
+    assert_eq!(seal["left_inodes"], 0, "its writes are refused in the end: {seal}");
     assert_eq!(clean.look(), refused);
     // The key service is back before the disk is.
     server.cont();

@@ -63,6 +63,29 @@ fn of_an_ordinary_user_as_well() {
     v.umount();
 }
 
+/// As when the system is full of processes.
+#[test]
+fn without_a_thread_as_well() {
+    let _fuse = FuseForAll::new();
+    let _control = ConnectionControl::new();
+    let v = TestVolume::new();
+    v.become_user(NOBODY);
+    v.init_with(&v.file_uri());
+    v.mount(&[]);
+    furnish(&v);
+    let mut programs = programs(&v);
+    all_work(&mut programs);
+    programs.push(("dirty", dirty(&v)));
+    let limit = "import resource, sys; resource.prlimit(int(sys.argv[1]), resource.RLIMIT_NPROC, (1, 1))";
+    let supervisor = v.supervisor().as_raw_nonzero().to_string();
+    assert!(v.command("python3").args(["-c", limit, &supervisor]).status().unwrap().success());
+    kill_process(v.daemon(), Signal::KILL).unwrap();
+    assert_eq!(v.daemon_exit(), None);
+    // It cannot unmount, for which it would need another process.
+    all_fail(&mut programs, ENOTCONN);
+    assert!(v.log().contains("its plaintext was dropped"), "{}", v.log());
+}
+
 #[test]
 fn revoked_after_the_daemon_died() {
     let server = Server::start(Storage::Memory);

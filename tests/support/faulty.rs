@@ -73,6 +73,17 @@ type Rule = Box<dyn FnMut(&Call) -> Fate + Send>;
 struct State {
     rule: Option<Rule>,
     calls: Vec<Call>,
+    /// Of these quiet calls so many pass before all others hang.
+    hang: Option<(Quiet, usize)>,
+    /// How many hang, or did.
+    hung: usize,
+}
+
+/// What changes nothing, and is not told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Quiet {
+    Read,
+    Lookup,
 }
 
 #[derive(Default)]
@@ -99,6 +110,30 @@ impl Shared {
             return Fate::Pass;
         }
         fate
+    }
+
+    fn heal(&self) {
+        {
+            let mut state = self.lock();
+            (state.rule, state.hang) = (None, None);
+        }
+        self.moved.notify_all();
+    }
+
+    fn quiet(&self, quiet: Quiet) {
+        let mut state = self.lock();
+        match &mut state.hang {
+            Some((which, 0)) if *which == quiet => state.hung += 1,
+            Some((which, left)) if *which == quiet => {
+                *left -= 1;
+                return;
+            }
+            _ => return,
+        }
+        self.moved.notify_all();
+        while state.hang.is_some() {
+            state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 }
 
@@ -134,10 +169,32 @@ impl Faulty {
         self.shared.lock().rule = Some(Box::new(rule));
     }
 
+    /// After so many more of these, all hang until the store is healed.
+    pub(crate) fn hang_after(&self, pass: usize, quiet: Quiet) {
+        let mut state = self.shared.lock();
+        (state.hang, state.hung) = (Some((quiet, pass)), 0);
+    }
+
+    /// Waits until so many hang.
+    #[track_caller]
+    pub(crate) fn wait_for_hung(&self, many: usize) {
+        let state = self.shared.lock();
+        let (_state, timeout) = self
+            .shared
+            .moved
+            .wait_timeout_while(state, PATIENCE, |state| state.hung < many)
+            .unwrap_or_else(PoisonError::into_inner);
+        assert!(!timeout.timed_out(), "the store was not asked for it");
+    }
+
     /// Everything passes again.
     pub(crate) fn heal(&self) {
-        self.shared.lock().rule = None;
-        self.shared.moved.notify_all();
+        self.shared.heal();
+    }
+
+    /// Heals it when dropped: whoever is stuck in the store cannot even be killed.
+    pub(crate) fn healer(&self) -> Healer {
+        Healer(self.shared.clone())
     }
 
     /// What was asked since the last call of this.
@@ -165,6 +222,15 @@ impl Drop for Faulty {
         if let Some(session) = self.session.take() {
             let _ = session.join();
         }
+    }
+}
+
+/// See [`Faulty::healer`].
+pub(crate) struct Healer(Arc<Shared>);
+
+impl Drop for Healer {
+    fn drop(&mut self) {
+        self.0.heal();
     }
 }
 
@@ -292,6 +358,7 @@ impl fuser::Filesystem for Store {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.shared.quiet(Quiet::Lookup);
         entry(reply, self.find(parent, name));
     }
 
@@ -442,6 +509,7 @@ impl fuser::Filesystem for Store {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        self.shared.quiet(Quiet::Read);
         let mut buffer = vec![0; size as usize];
         let read = self.file(ino, OFlags::RDONLY).and_then(|file| rustix::io::pread(file, &mut buffer[..], offset));
         match read {

@@ -12,7 +12,16 @@ use crate::keyring::lease::Tick;
 
 /// Now, on the lease's clock.
 pub fn tick() -> Tick {
-    let now = rustix::time::clock_gettime(ClockId::Boottime);
+    on(ClockId::Boottime)
+}
+
+/// Now, on the clock that stands while the machine is suspended.
+pub fn running() -> Duration {
+    on(ClockId::Monotonic)
+}
+
+fn on(clock: ClockId) -> Duration {
+    let now = rustix::time::clock_gettime(clock);
     Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
@@ -28,20 +37,20 @@ impl Bell {
 }
 
 /// A clock to wait for. Goes on during suspend.
-pub(super) struct Alarm {
+pub(in crate::service) struct Alarm {
     timer: OwnedFd,
     bell: Bell,
 }
 
 impl Alarm {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(in crate::service) fn new() -> io::Result<Self> {
         let timer =
             rustix::time::timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { timer, bell: Bell(Arc::new(bell)) })
     }
 
-    pub(super) fn bell(&self) -> Bell {
+    pub(in crate::service) fn bell(&self) -> Bell {
         self.bell.clone()
     }
 

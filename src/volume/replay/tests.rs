@@ -135,3 +135,15 @@ fn records_of_one_object_do_not_cut_another() {
     let Fixture { vault, volume, .. } = fixture;
     vault.close(volume);
 }
+
+#[test]
+fn without_keys_nothing_is_lost() {
+    let mut fixture = Fixture::new();
+    let (_fd, subject) = fixture.file(b"file", &[1; 4096]);
+    fixture.log(&subject, &Change::Grow { size: 8192 });
+    fixture.volume.end_of_log_for_tests();
+    fixture.volume.keys().wipe(crate::keyring::SealReason::Revoked);
+    assert!(matches!(replay(&fixture.volume), Err(VolumeError::Keyring(KeyringError::Sealed(_)))));
+    let names = log::NAMES.iter().filter(|name| storage::stat(fixture.volume.root().as_fd(), **name).is_ok());
+    assert!(names.count() > 0, "the log is still there");
+}
