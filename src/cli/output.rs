@@ -174,7 +174,7 @@ pub fn status_all(reports: &[StatusReport]) -> String {
 pub fn plan(plan: &Plan) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "volume      {}", plan.volume_id);
-    if let Some(label) = &plan.label {
+    if let Some(label) = plan.label.as_ref().filter(|label| !label.is_empty()) {
         let _ = writeln!(text, "label       {}", safe(label));
     }
     if let Some(backing) = &plan.backing {
@@ -342,17 +342,14 @@ pub fn revoke_plan(plan: &Plan) -> String {
     text
 }
 
-/// Other users' mounts, on one line: they may be of any volume.
+/// Mounts that nobody here can ask, on one line: they may be of any volume.
 fn foreign_mounts(text: &mut String, plan: &Plan) {
     const SHOWN: usize = 3;
     let all: Vec<String> = plan.foreign_mounts().map(safe).collect();
     if !all.is_empty() {
         let more = if all.len() > SHOWN { format!(" and {} more", all.len() - SHOWN) } else { String::new() };
         let shown = all[..all.len().min(SHOWN)].join(", ");
-        let _ = writeln!(
-            text,
-            "not told    {shown}{more}: lethefs mounts of other users, which may be of this volume or not"
-        );
+        let _ = writeln!(text, "not told    {shown}{more}: other lethefs mounts, which may be of this volume or not");
     }
 }
 
@@ -487,7 +484,7 @@ pub fn record(record: &Record) -> String {
     let _ = writeln!(text, "  [user {}{login} process {} on {}{peer}]", record.uid, record.pid, safe(&record.host));
     // Each key of an erase on a line of its own.
     for key in record.data["keys"].as_array().into_iter().flatten() {
-        text.push_str("        key");
+        text.push_str("       ");
         fields(&mut text, key);
         text.push('\n');
     }
@@ -496,6 +493,7 @@ pub fn record(record: &Record) -> String {
 
 /// Fields of a record as `name=value`; what is nested, without its braces.
 fn fields(text: &mut String, data: &Value) {
+    let mut nested = Vec::new();
     for (name, value) in data.as_object().into_iter().flatten() {
         let value = match value {
             Value::Null => continue,
@@ -505,14 +503,17 @@ fn fields(text: &mut String, data: &Value) {
                 KeyIdentity::deserialize(value).map(|key| key.name()).unwrap_or_default()
             }
             Value::Object(_) => {
-                let _ = write!(text, " {}:", safe(name));
-                fields(text, value);
+                nested.push((name, value));
                 continue;
             }
             Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(","),
             other => plain(other),
         };
         let _ = write!(text, " {}={}", safe(name), safe(&value));
+    }
+    for (name, value) in nested {
+        let _ = write!(text, " {}:", safe(name));
+        fields(text, value);
     }
 }
 
