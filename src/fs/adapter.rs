@@ -230,6 +230,8 @@ impl fuser::Filesystem for Adapter {
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
                 tracing::info!(?flag, "the kernel does not offer this");
+            } else if flag == InitFlags::FUSE_WRITEBACK_CACHE {
+                self.fs.kernel_keeps_times.store(true, Ordering::Relaxed);
             }
         }
         // ENOSYS to OPEN and OPENDIR means "never ask again" only to a kernel that said so.

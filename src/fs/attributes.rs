@@ -119,6 +119,10 @@ impl Filesystem {
                     Some(told) => told,
                     None => inode.tell_size(self.regular_size(inode, &stat)?),
                 };
+                if let Some(told) = *lock(&inode.told_mtime) {
+                    attributes.stat.st_mtime = told.tv_sec;
+                    attributes.stat.st_mtime_nsec = told.tv_nsec as _;
+                }
             }
             Kind::Symlink => {
                 attributes.kind = Type::Symlink;
@@ -213,9 +217,11 @@ impl Filesystem {
                 self.kill_privileges(&inode)?;
             }
         }
-        if changes.mode.is_some() || changes.uid.is_some() || changes.gid.is_some() {
+        // A chown that changes neither moves the time of change all the same.
+        let nothing = changes.size.is_none() && changes.atime.is_none() && changes.mtime.is_none();
+        if changes.mode.is_some() || changes.uid.is_some() || changes.gid.is_some() || nothing {
             let held = self.hold(&inode)?;
-            if changes.uid.is_some() || changes.gid.is_some() {
+            if changes.mode.is_none() || changes.uid.is_some() || changes.gid.is_some() {
                 // The backing kernel drops setuid and setgid bits, as chown does.
                 storage::chown_held(held.as_fd(), changes.uid, changes.gid)?;
             }
@@ -235,6 +241,13 @@ impl Filesystem {
             match open {
                 Some(fd) => storage::set_times_fd(fd.as_fd(), &times)?,
                 None => storage::set_times_held(self.hold(&inode)?.as_fd(), &times)?,
+            }
+            if changes.mtime.is_some() && inode.kind == Kind::Regular {
+                let told = self.kernel_keeps_times.load(Ordering::Relaxed).then(|| self.hold(&inode)).transpose()?;
+                // As the backing filesystem has it, which may not know so early or late a time.
+                let stat = told.map(|held| storage::stat_fd(held.as_fd())).transpose()?;
+                *lock(&inode.told_mtime) =
+                    stat.map(|stat| Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ });
             }
         }
         self.stat_inode(&inode)
@@ -331,7 +344,12 @@ impl Filesystem {
         if name.starts_with(b"system.posix_acl_") {
             return Ok(if self.acl && inode.kind != Kind::Symlink { Namespace::Backing } else { Namespace::None });
         }
-        let ours = [b"user.".as_slice(), b"trusted.", b"security."].iter().any(|prefix| name.starts_with(prefix));
+        let namespaces = [b"user.".as_slice(), b"trusted.", b"security."];
+        // A namespace is no name (xattr_resolve_name).
+        if namespaces.contains(&name) {
+            return Err(Failed::raw(libc::EINVAL));
+        }
+        let ours = namespaces.iter().any(|prefix| name.starts_with(prefix));
         Ok(if ours && inode.kind != Kind::Symlink { Namespace::Ours } else { Namespace::None })
     }
 
@@ -357,7 +375,12 @@ impl Filesystem {
             storage::chown_held(object, Some(caller.uid), (!inherits).then_some(caller.gid))?;
         }
         if let Some(mode) = mode {
-            storage::chmod_held(object, mode)?;
+            // The rights are what a default ACL left of them.
+            let made = storage::stat_fd(object)?.st_mode & 0o7777;
+            let wanted = (made & 0o777) | (mode & 0o7000);
+            if wanted != made {
+                storage::chmod_held(object, wanted)?;
+            }
         }
         Ok(())
     }

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
+
+use rustix::fs::{Timespec, Timestamps, UTIME_OMIT};
 
 use super::errno::Failed;
 use super::gate::Gate;
@@ -64,6 +66,8 @@ pub struct Filesystem {
     pub fds: FdCache,
     /// POSIX ACLs are on.
     pub acl: bool,
+    /// The kernel keeps times of files itself (its writeback cache is on) and tells us.
+    pub kernel_keeps_times: AtomicBool,
     /// Counters.
     pub counters: Counters,
     /// Who may pass.
@@ -105,6 +109,7 @@ impl Filesystem {
             inodes,
             fds: FdCache::new(fds),
             acl,
+            kernel_keeps_times: AtomicBool::new(false),
             counters: Counters::default(),
             gate: Gate::default(),
             owed: Owed::default(),
@@ -639,6 +644,10 @@ impl Filesystem {
             return Err(Failed::raw(libc::EBUSY));
         }
         state.seal(&self.volume, open.fd.as_fd())?;
+        if let Some(last_modification) = *lock(&inode.told_mtime) {
+            let last_access = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+            let _ = storage::set_times_fd(open.fd.as_fd(), &Timestamps { last_access, last_modification });
+        }
         drop(guard);
         self.sealed(inode);
         Ok(())

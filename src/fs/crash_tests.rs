@@ -12,6 +12,7 @@ mod punched;
 mod random;
 mod repaired;
 mod session;
+mod whole;
 
 use model::{End, Found, Model, empty, look};
 use session::{Do, Session, Setup, kill, mount, unmount};

@@ -12,6 +12,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
+use rustix::fs::Timespec;
+
 use crate::sys::shared_list::{Entry, SharedList};
 use crate::volume::dir::DirKeys;
 use crate::volume::file::FileState;
@@ -97,6 +99,9 @@ pub struct Inode {
     /// Rises when data that the kernel held was refused: what it still holds of the object is then not the object any more,
     /// and descriptors that are open get `EIO` (fuse_stale_inode in fs/fuse/fuse_i.h).
     pub generation: AtomicU64,
+    /// The time of modification that the kernel set last, where it keeps that itself: a write that comes after it only brings
+    /// what a program wrote before it. Set under the content lock.
+    pub told_mtime: Mutex<Option<Timespec>>,
     /// Its place in the supervisor's list.
     _listed: Option<Entry>,
 }
@@ -119,6 +124,7 @@ impl Inode {
             removed: AtomicBool::new(false),
             unnamed: AtomicBool::new(false),
             generation: AtomicU64::new(0),
+            told_mtime: Mutex::new(None),
             _listed: listed,
         }
     }

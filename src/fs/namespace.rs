@@ -264,8 +264,8 @@ impl Filesystem {
         let (_, open, cipher) = self.resolve(&parent, name)?;
         let dir = open.fd.as_fd();
         let mode = self.mode(dir, mode & 0o7777, umask);
-        let temporary =
-            node::build(&self.volume, dir, object_type, device, |fd| self.hand_over(caller, dir, fd, Some(mode)))?;
+        let finish = |fd: BorrowedFd<'_>| self.hand_over(caller, dir, fd, Some(mode));
+        let temporary = node::build(&self.volume, dir, object_type, device, mode, finish)?;
         self.settle(&parent, dir, &temporary, &cipher)
     }
 
@@ -308,7 +308,7 @@ impl Filesystem {
             self.hand_over(caller, dir, fd, None)?;
             // What the backing kernel made of the mode (ACLs, set-group-ID) stays, but for the rights lent for the making.
             let made = storage::stat_fd(fd)?.st_mode;
-            let wanted = (made & !0o700) | (mode & 0o700);
+            let wanted = made & (mode | !0o700);
             if wanted != made { storage::chmod_fd(fd, wanted) } else { Ok(()) }
         })?;
         let made = self.settle(&parent, dir, &temporary, &cipher)?;

@@ -9,7 +9,8 @@ use super::storage::{self, Errno};
 use super::{Damage, Volume, VolumeError};
 use crate::crypto::ObjectId;
 
-/// Makes a record under a temporary name; `finish` sets owner and mode. Returns the name, ready to be renamed.
+/// Makes a record under a temporary name, with what the directory's default ACL leaves of `mode`; `finish` sets the owner and
+/// the other mode bits. Returns the name, ready to be renamed.
 ///
 /// # Errors
 /// The ring's or the backing filesystem's; what was made is removed again.
@@ -18,12 +19,13 @@ pub fn build(
     dir: BorrowedFd<'_>,
     object_type: ObjectType,
     device: u64,
+    mode: u32,
     finish: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>,
 ) -> Result<String, VolumeError> {
     let id = ObjectId::random().map_err(|_| Errno::IO)?;
     let header = Static::make(volume.keys(), id, object_type, device)?;
     let temporary = temporary_name().map_err(|_| Errno::IO)?;
-    let fd = storage::create_file(dir, &*temporary, 0o600)?;
+    let fd = storage::create_file(dir, &*temporary, mode & 0o777)?;
     let fd = storage::fd(&fd);
     let made = storage::write_at(fd, &header.bytes(), 0)
         .map_err(|(_, errno)| errno)

@@ -186,6 +186,18 @@ pub fn read_at(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usi
     Ok(done)
 }
 
+/// Whether the filesystem allows a file of this length. Nobody uses a descriptor's position, which this sets.
+///
+/// # Errors
+/// [`Errno::FBIG`] where it does not.
+pub fn fits(fd: BorrowedFd<'_>, len: u64) -> Result<()> {
+    match sys::seek(fd, sys::SeekFrom::Start(len)) {
+        // Beyond the largest file (vfs_setpos).
+        Err(Errno::INVAL | Errno::OVERFLOW) => Err(Errno::FBIG),
+        other => other.map(drop),
+    }
+}
+
 /// Whether all of this range is there, so that overwriting it needs no space: written, or reserved where the filesystem can
 /// tell (its holes are all that the others can).
 pub fn is_allocated(fd: BorrowedFd<'_>, offset: u64, len: u64) -> bool {

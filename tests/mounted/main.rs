@@ -1,7 +1,6 @@
 //! The real binary, mounted: what programs see, who may do what, what stays. Needs root, `/dev/fuse` and `fuse3`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-mod differential;
 mod each_call;
 mod faults;
 mod flushes;

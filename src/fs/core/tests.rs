@@ -1,5 +1,6 @@
 //! The sealer: what it seals, what it leaves, and what keeps it from which file.
 
+use super::super::attributes::{Changes, SetTime};
 use super::super::inode::ROOT;
 use super::*;
 use crate::volume::storage::recorder;
@@ -22,6 +23,29 @@ fn what_is_written_during_the_sealers_flush_is_not_sealed_by_it() {
     assert_eq!(fs.seal_all(), 0);
     assert!(!fs.file(&inode).unwrap().0.as_ref().unwrap().unsealed());
     assert_eq!(fs.unsealed(), 0);
+}
+
+/// The kernel sends what was written and the time of it side by side, and each may be the first to be done.
+#[test]
+fn a_write_that_comes_late_does_not_move_the_time_that_the_kernel_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let fs = Filesystem::new(testing::volume(dir.path()), 64, false);
+    fs.kernel_keeps_times.store(true, Ordering::Relaxed);
+    let ino = fs.create(fs.owner, ROOT, b"file", 0o600, 0, true).unwrap().ino;
+    let then = std::time::SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 5);
+    let changes = Changes { mtime: Some(SetTime::To(then)), ..Changes::default() };
+    fs.setattr(fs.owner, ino, changes).unwrap();
+    let times = || {
+        let inode = fs.inode(ino).unwrap();
+        let own = storage::stat_fd(fs.open(&inode).unwrap().fd.as_fd()).unwrap();
+        [fs.getattr(ino).unwrap().stat, own].map(|stat| (stat.st_mtime, stat.st_mtime_nsec))
+    };
+    for round in 0..2 {
+        fs.write(ino, round * 10_000, b"late", false).unwrap();
+        assert_eq!(times()[0], (1_000_000_000, 5));
+        assert_eq!(fs.seal_all(), 0);
+        assert_eq!(times(), [(1_000_000_000, 5); 2], "what the next mount finds");
+    }
 }
 
 /// A file whose logged changes find no way into their place keeps no other file from being sealed.

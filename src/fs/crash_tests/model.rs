@@ -16,7 +16,8 @@ type Names = BTreeMap<Vec<u8>, Node>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum What {
     File,
-    Fifo,
+    /// A FIFO, a socket or a device with this number.
+    Special(Type, u64),
     Dir(Names),
     Symlink(Rc<[u8]>),
 }
@@ -268,8 +269,9 @@ pub(super) fn look(fs: &Filesystem, shift: u64) -> Result<Found, String> {
                 found.files.insert(node, bytes);
                 What::File
             }
-            Type::Fifo => What::Fifo,
-            other => return Err(format!("{path} is a {other:?}")),
+            Type::Fifo | Type::Socket | Type::CharDevice | Type::BlockDevice => {
+                What::Special(kind, fs.getattr(ino).map_err(|failed| wrong("stat", failed.errno()))?.device)
+            }
         };
         let mut xattrs = BTreeMap::new();
         if kind != Type::Symlink {

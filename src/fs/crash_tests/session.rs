@@ -8,19 +8,22 @@ use std::rc::Rc;
 use std::sync::Mutex;
 
 use super::model::{Found, Model, Node, Snap, State, Thing, Tree, What, look, names};
-use crate::fs::core::Filesystem;
+use crate::fs::attributes::Type;
+use crate::fs::core::{Caller, Filesystem};
 use crate::fs::inode::ROOT;
 use crate::volume::dir::DirKeys;
 use crate::volume::storage::{self, RenameFlags, recorder};
 use crate::volume::testing::{Ring, Vault};
 use crate::volume::{Volume, VolumeError, check, replay, rewrap};
 
-/// One step of a workload. Paths are of components `a`, or `A` for a name of 210 bytes.
+/// One step of a workload. Paths are of components `a`, or `A` for a name of 210 bytes, or `a255` for one of so many (three digits).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Do {
     Create(String),
     Mkdir(String),
     Fifo(String),
+    Socket(String),
+    Device(String),
     /// With a target of so many bytes.
     Symlink(String, usize),
     Link(String, String),
@@ -28,6 +31,8 @@ pub(super) enum Do {
     Rmdir(String),
     Rename(String, String),
     Exchange(String, String),
+    /// RENAME_NOREPLACE.
+    RenameNew(String, String),
     Write(String, u64, usize),
     Resize(String, u64),
     /// fallocate(2) with this mode.
@@ -116,27 +121,33 @@ pub(super) struct Session<'a> {
     vault: &'a Vault,
     dir: &'a Path,
     setup: Setup,
-    fs: Filesystem,
+    pub(super) fs: Filesystem,
     pub(super) model: Model,
+    /// Who makes what is made.
+    pub(super) caller: Caller,
     /// Makes each write's bytes their own.
     tag: u64,
 }
 
 /// The name that a component stands for.
 pub(super) fn name(component: &str) -> Vec<u8> {
-    let long = component.starts_with(|c: char| c.is_ascii_uppercase());
-    if long { component.repeat(210).into_bytes() } else { component.as_bytes().to_vec() }
+    let (letter, length) = component.split_at(1);
+    match length.parse() {
+        Ok(length) if length >= 100 => letter.repeat(length).into_bytes(),
+        _ if letter.starts_with(|c: char| c.is_ascii_uppercase()) => component.repeat(210).into_bytes(),
+        _ => component.as_bytes().to_vec(),
+    }
 }
 
 impl<'a> Session<'a> {
     pub(super) fn new(vault: &'a Vault, dir: &'a Path, setup: Setup, tag: u64) -> Result<Self, String> {
         let fs = mount(vault, dir, setup)?;
         let model = Model::over(look(&fs, 0)?);
-        Ok(Self { vault, dir, setup, fs, model, tag })
+        Ok(Self { vault, dir, setup, caller: fs.owner, fs, model, tag })
     }
 
     /// By names that the model has.
-    fn find(&self, path: &str) -> Option<Node> {
+    pub(super) fn find(&self, path: &str) -> Option<Node> {
         path.split('/')
             .filter(|component| !component.is_empty())
             .try_fold(ROOT, |at, component| names(self.model.tree(), at)?.get(&name(component)).copied())
@@ -152,16 +163,16 @@ impl<'a> Session<'a> {
         if at == node { Ok(node) } else { Err(format!("{path} is {at:x} and should be {node:x}")) }
     }
 
-    fn existing(&self, path: &str) -> Result<Option<Node>, String> {
+    pub(super) fn existing(&self, path: &str) -> Result<Option<Node>, String> {
         self.find(path).map(|node| self.lookup(node, path)).transpose()
     }
 
-    fn parent(&self, path: &str) -> Result<Option<(Node, Vec<u8>)>, String> {
+    pub(super) fn parent(&self, path: &str) -> Result<Option<(Node, Vec<u8>)>, String> {
         let (above, last) = path.rsplit_once('/').unwrap_or(("", path));
         Ok(self.existing(above)?.filter(|dir| names(self.model.tree(), *dir).is_some()).map(|dir| (dir, name(last))))
     }
 
-    fn mount_again(&mut self) -> Result<(), String> {
+    pub(super) fn mount_again(&mut self) -> Result<(), String> {
         let fs = mount(self.vault, self.dir, self.setup)?;
         kill(self.vault, std::mem::replace(&mut self.fs, fs));
         Ok(())
@@ -180,23 +191,35 @@ impl<'a> Session<'a> {
     /// Does one step. What cannot be done is left out, so that workloads can be shortened.
     pub(super) fn step(&mut self, step: &Do) -> Result<(), String> {
         let failed = |failed: crate::fs::errno::Failed| format!("{step:?} fails with {}", failed.errno());
-        let owner = self.fs.owner;
+        let caller = self.caller;
         let begun = recorder::position();
         match step {
-            Do::Create(path) | Do::Mkdir(path) | Do::Fifo(path) | Do::Symlink(path, _) => {
+            Do::Create(path)
+            | Do::Mkdir(path)
+            | Do::Fifo(path)
+            | Do::Socket(path)
+            | Do::Device(path)
+            | Do::Symlink(path, _) => {
                 let Some((dir, new)) = self.parent(path)? else { return Ok(()) };
                 if self.find(path).is_some() {
                     return Ok(());
                 }
                 let (made, what) = match step {
-                    Do::Create(_) => (self.fs.create(owner, dir, &new, 0o644, 0, true), What::File),
-                    Do::Mkdir(_) => (self.fs.mkdir(owner, dir, &new, 0o755, 0), What::Dir(BTreeMap::new())),
+                    Do::Create(_) => (self.fs.create(caller, dir, &new, 0o644, 0, true), What::File),
+                    Do::Mkdir(_) => (self.fs.mkdir(caller, dir, &new, 0o755, 0), What::Dir(BTreeMap::new())),
                     Do::Symlink(_, len) => {
                         self.tag += 1;
                         let target = vec![b'a' + (self.tag % 26) as u8; *len];
-                        (self.fs.symlink(owner, dir, &new, &target), What::Symlink(target.into()))
+                        (self.fs.symlink(caller, dir, &new, &target), What::Symlink(target.into()))
                     }
-                    _ => (self.fs.mknod(owner, dir, &new, libc::S_IFIFO | 0o600, 0, 0), What::Fifo),
+                    Do::Socket(_) => {
+                        (self.fs.mknod(caller, dir, &new, libc::S_IFSOCK | 0o600, 0, 0), What::Special(Type::Socket, 0))
+                    }
+                    Do::Device(_) => {
+                        let made = self.fs.mknod(caller, dir, &new, libc::S_IFCHR | 0o600, 0, 0x103);
+                        (made, What::Special(Type::CharDevice, 0x103))
+                    }
+                    _ => (self.fs.mknod(caller, dir, &new, libc::S_IFIFO | 0o600, 0, 0), What::Special(Type::Fifo, 0)),
                 };
                 let node = made.map_err(failed)?.ino;
                 if what == What::File {
@@ -234,7 +257,7 @@ impl<'a> Session<'a> {
                     entries(tree, dir).remove(&old);
                 });
             }
-            Do::Rename(path, to) | Do::Exchange(path, to) => self.rename(path, to, step)?,
+            Do::Rename(path, to) | Do::Exchange(path, to) | Do::RenameNew(path, to) => self.rename(path, to, step)?,
             Do::Write(path, at, len) => {
                 let Some(node) = self.existing(path)?.filter(|node| self.is_file(*node)) else { return Ok(()) };
                 self.tag += 1;
@@ -361,7 +384,7 @@ impl<'a> Session<'a> {
                 let open = || storage::open_file(fd.as_fd(), name, true);
                 match &self.model.tree()[&node].what {
                     What::File => _ = rewrap::file(volume, open()?.as_fd())?,
-                    What::Fifo => _ = rewrap::node_record(volume, open()?.as_fd())?,
+                    What::Special(..) => _ = rewrap::node_record(volume, open()?.as_fd())?,
                     What::Dir(_) => todo.push((node, storage::open_dir(fd.as_fd(), name)?)),
                     What::Symlink(_) => {
                         let begun = recorder::position();
@@ -402,7 +425,12 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let both_dirs = dirs[0].is_some() && dirs[1].is_some();
-        let flags = if exchanges { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
+        let flags = match step {
+            Do::RenameNew(..) if over.is_some() => return Ok(()),
+            Do::RenameNew(..) => RenameFlags::NOREPLACE,
+            Do::Exchange(..) => RenameFlags::EXCHANGE,
+            _ => RenameFlags::empty(),
+        };
         let done = self.fs.rename(dir, &old, new_dir, &new, flags);
         done.map_err(|failed| format!("{step:?} fails with {}", failed.errno()))?;
         let objects: Vec<Node> = [Some(node), over].into_iter().flatten().collect();
@@ -450,7 +478,7 @@ impl<'a> Session<'a> {
         self.model.snaps.push(Snap { tree, begun, ended, dirs: dirs.to_vec(), objects: objects.to_vec() });
     }
 
-    fn state(&mut self, begun: usize, node: Node, bytes: Vec<u8>) {
+    pub(super) fn state(&mut self, begun: usize, node: Node, bytes: Vec<u8>) {
         let state = State { bytes: Rc::new(bytes), begun, ended: recorder::position() };
         self.model.files.entry(node).or_default().push(state);
     }

@@ -192,6 +192,8 @@ impl FileState {
     /// Grows with zeros: the last block is filled up, whole blocks become holes.
     fn grow(&mut self, volume: &Volume, fd: BorrowedFd<'_>, size: u64) -> Result<(), ReadError> {
         let filled = self.size.next_multiple_of(BLOCK).min(size);
+        // Before anything is done. In the log it would be refused for ever, with all that comes after it.
+        storage::fits(fd, format::backing_len(size))?;
         self.open_for_changes(volume, fd, true, size > filled)?;
         self.touch();
         if !self.size.is_multiple_of(BLOCK) {

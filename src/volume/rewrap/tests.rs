@@ -61,7 +61,7 @@ fn make(volume: &Volume) {
     storage::link(root, short.as_str(), deep.as_fd(), name(volume, &deep_keys, b"other name").as_str()).unwrap();
     let small = name(volume, keys, b"small");
     storage::link(root, small.as_str(), below.as_fd(), name(volume, &below_keys, b"other name").as_str()).unwrap();
-    let fifo = nodes::build(volume, root, ObjectType::Fifo, 0, |_| Ok(())).unwrap();
+    let fifo = nodes::build(volume, root, ObjectType::Fifo, 0, 0o600, |_| Ok(())).unwrap();
     storage::rename(root, &*fifo, root, name(volume, keys, b"fifo").as_str(), RenameFlags::empty()).unwrap();
     storage::mkdir(root, format::QUARANTINE, 0o700).unwrap();
     let aside = storage::open_dir(root, format::QUARANTINE).unwrap();
