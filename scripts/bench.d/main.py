@@ -16,7 +16,7 @@ from contenders import run
 
 def arguments():
     parser = argparse.ArgumentParser(prog="bench", description="Measures lethefs beside other filesystems, in turns.")
-    parser.add_argument("--quick", action="store_true", help="small and two rounds: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="small, and two rounds")
     parser.add_argument("--rounds", type=int, help="how often (5; --quick: 2)")
     parser.add_argument("--only", metavar="TEXT", help="workloads whose group or name contains it (all of their group are run)")
     parser.add_argument("--with", dest="names", metavar="A,B", help="only these filesystems, with lethefs and ext4")

@@ -178,7 +178,7 @@ def plot(title, x_title, y_title, series, note=""):
     px = lambda v: left + (math.log10(v) - x0) / (x1 - x0) * (width - left - right)
     py = lambda v: height - bottom - (math.log10(v) - y0) / (y1 - y0) * (height - top - bottom)
     body = [text(10, 18, title, font_size=13), text(10, 33, note, font_size=10, fill="#666")]
-    label = lambda power: f"{10 ** power:,}" if power >= 0 else f"{10.0 ** power:.{-power}f}"
+    label = lambda power: f"{10 ** (power % 3)}{' kMGT'[power // 3].strip()}" if power >= 0 else f"{10.0 ** power:.{-power}f}"
     for power in range(x0, x1 + 1):
         body.append(f'<line x1="{px(10 ** power):.1f}" y1="{top}" x2="{px(10 ** power):.1f}" y2="{height - bottom}" stroke="#e4e4e4"/>')
         body.append(text(px(10 ** power), height - bottom + 14, label(power), text_anchor="middle", font_size=9, fill="#666"))

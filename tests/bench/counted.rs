@@ -16,14 +16,21 @@ fn measured(operation: &mut dyn FnMut()) {
     std::hint::black_box(());
 }
 
+/// Without an argument: the operations, and how often each is done. With the name of one: does it.
 fn main() {
+    let wanted = std::env::args().nth(1);
     let dir = tempfile::tempdir().expect("a directory");
     for (name, mut operation) in operations::operations(dir.path()) {
-        // What is made once is not counted.
-        for _ in 0..TIMES {
-            operation();
+        match &wanted {
+            None => println!("{TIMES} {name}"),
+            Some(wanted) if wanted == name => {
+                // What is made once is not counted.
+                for _ in 0..TIMES {
+                    operation();
+                }
+                measured(&mut operation);
+            }
+            Some(_) => {}
         }
-        println!("{TIMES} {name}");
-        measured(&mut operation);
     }
 }
