@@ -530,7 +530,8 @@ impl Writer for Directories {
         if self.over {
             let _ = fs::remove_dir_all(self.root.join(self.from()));
         }
-        if !self.root.exists() {
+        // Not there, which is another thing than not to be had at the moment.
+        if matches!(self.root.try_exists(), Ok(false)) {
             self.n = 0;
         }
     }
@@ -635,7 +636,8 @@ impl Writer for Moves {
             self.names.remove(&name);
             self.doubtful.insert(name, meaning);
         }
-        if !self.root.exists() {
+        // Not there, which is another thing than not to be had at the moment.
+        if matches!(self.root.try_exists(), Ok(false)) {
             self.n = 0;
         }
     }
