@@ -7,6 +7,8 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit};
 use serde_json::Value;
 
 use crate::support::at_openbao::volume;
@@ -201,10 +203,16 @@ fn from_the_last_proof_to_the_last_read_when_cut_off() {
 fn a_seal_with_many_cached_inodes() {
     let v = TestVolume::mounted(&[]);
     let many = number("LETHEFS_SEAL_INODES", 2000);
+    // Held, or whoever drops the machine's caches just then takes them out.
+    let limit = Some(many as u64 + 4096);
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit }).unwrap();
+    let mut held = Vec::new();
     for dir in 0..many.div_ceil(1000) {
         fs::create_dir(v.at(format!("{dir}"))).unwrap();
         for file in 0..many.min(1000) {
-            fs::write(v.at(format!("{dir}/{file}")), "x").unwrap();
+            let path = v.at(format!("{dir}/{file}"));
+            fs::write(&path, "x").unwrap();
+            held.push(rustix::fs::open(&path, OFlags::PATH, Mode::empty()).unwrap());
         }
     }
     let counters = v.cli(&["status", "mnt", "--json"]).json()["live"]["counters"].clone();
@@ -215,6 +223,7 @@ fn a_seal_with_many_cached_inodes() {
         "seal of {} cached inodes: keys wiped after {} us, all purged after {} us",
         seal["purged_inodes"], seal["keys_wiped_us"], seal["purged_us"]
     );
+    drop(held);
     // Sealed files go on being flushed; the unmount waits for that.
     v.umount();
 }

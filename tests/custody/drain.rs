@@ -179,6 +179,11 @@ fn a_read_that_hangs_holds_up_no_drain() {
 
 #[test]
 fn a_write_over_a_sealed_file_that_fails_is_counted() {
+    // Whoever calls sync(2) on this machine just then has the page written before the drain: nothing is lost, and nothing shown.
+    assert!((0..4).any(|_| a_write_over_a_sealed_file_fails()), "never was anything counted");
+}
+
+fn a_write_over_a_sealed_file_fails() -> bool {
     let server = Server::start(Storage::Memory);
     let (store, v, _heals) = on_faulty(&server);
     v.mount(&[OFTEN, EXPIRED]);
@@ -190,9 +195,13 @@ fn a_write_over_a_sealed_file_that_fails_is_counted() {
     let unsealed = || ask(&v, "status")["ok"]["counters"]["unsealed_files"].clone();
     server.stop();
     wait_for_lease(&v, "grace");
-    assert_eq!((dirty.look().as_str(), unsealed()), ("ok 4096", json!(0)), "nothing of it has come");
+    assert_eq!(dirty.look(), "ok 4096");
     store.rule(|call| if call.op == Op::Write { Fate::Fail(libc::EIO) } else { Fate::Pass });
+    let early = unsealed() != json!(0);
     let seal = wait_for_lease(&v, "expired")["last_seal"].clone();
+    if early || seal["drained"] == json!(true) {
+        return false;
+    }
     assert_eq!((&seal["drained"], &seal["dropped_bytes"]), (&json!(false), &json!(4096)), "{seal}");
     store.heal();
     server.cont();
@@ -201,6 +210,7 @@ fn a_write_over_a_sealed_file_that_fails_is_counted() {
     assert_eq!(dirty.look(), format!("errno {}", libc::EIO), "it is told that it lost something");
     drop(dirty);
     v.umount();
+    true
 }
 
 #[test]
