@@ -70,6 +70,8 @@ pub struct Changes {
     pub atime: Option<SetTime>,
     /// Time of last modification.
     pub mtime: Option<SetTime>,
+    /// The kernel says that the time of change moves, which it does with each change.
+    pub ctime: bool,
 }
 
 const SUID: u32 = 0o4000;
@@ -217,11 +219,24 @@ impl Filesystem {
                 self.kill_privileges(&inode)?;
             }
         }
-        // A chown that changes neither moves the time of change all the same.
-        let nothing = changes.size.is_none() && changes.atime.is_none() && changes.mtime.is_none();
-        if changes.mode.is_some() || changes.uid.is_some() || changes.gid.is_some() || nothing {
+        // A chown that changes neither moves the time of change all the same. Of a regular file, where it keeps times, the kernel
+        // also asks for nothing at all: that setuid and setgid bits go, which it says again with the write (or allocation) itself.
+        let neither =
+            changes.size.is_none() && changes.mode.is_none() && changes.uid.is_none() && changes.gid.is_none();
+        let touches = neither && changes.atime.is_none() && changes.mtime.is_none();
+        let touches = touches && (changes.ctime || inode.kind != Kind::Regular);
+        if changes.mode.is_some() || changes.uid.is_some() || changes.gid.is_some() || touches {
             let held = self.hold(&inode)?;
-            if changes.mode.is_none() || changes.uid.is_some() || changes.gid.is_some() {
+            if touches {
+                // It takes these bits away, which only the owner may do. The kernel has left the question to us.
+                let stat = storage::stat_fd(held.as_fd())?;
+                let bits = SUID | if stat.st_mode & GROUP_EXEC != 0 { SGID } else { 0 };
+                let strips = inode.kind != Kind::Directory && stat.st_mode & bits != 0;
+                if strips && caller.uid != 0 && caller.uid != stat.st_uid {
+                    return Err(Failed::raw(libc::EPERM));
+                }
+            }
+            if touches || changes.uid.is_some() || changes.gid.is_some() {
                 // The backing kernel drops setuid and setgid bits, as chown does.
                 storage::chown_held(held.as_fd(), changes.uid, changes.gid)?;
             }

@@ -1,5 +1,7 @@
 //! The differences that are known, each with the words of docs/SEMANTICS.md that give its reason. No other is tolerated.
 
+use std::path::Path;
+
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom};
 
 use crate::calls::{Call, On, Seen};
@@ -14,15 +16,15 @@ pub(crate) struct Difference {
     pub(crate) refuses: fn(&Call, &Seen) -> bool,
     /// Whether these two answers, the other side's and the mount's, may stand beside each other.
     pub(crate) differs: fn(&Call, &Seen, &Seen) -> bool,
-    /// Whether times of change may move here that do not move there.
-    pub(crate) moves: fn(&Call) -> bool,
+    /// Whether the time of change of this object may move here that does not move there.
+    pub(crate) moves: fn(&Call, &Path) -> bool,
 }
 
 fn never(_: &Call, _: &Seen) -> bool {
     false
 }
 
-fn still(_: &Call) -> bool {
+fn still(_: &Call, _: &Path) -> bool {
     false
 }
 
@@ -120,11 +122,26 @@ pub(crate) const DIFFERENCES: &[Difference] = &[
         moves: still,
     },
     Difference {
+        words: "names of trusted attributes | listed for everybody",
+        without_acl: false,
+        refuses: never,
+        differs: |call, _, _| matches!(call, Call::ListXattr(..)),
+        moves: still,
+    },
+    Difference {
+        words: "also moves when a header is sealed",
+        without_acl: false,
+        refuses: never,
+        differs: no,
+        // Some seconds after a write; and then somebody makes the kernel drop what it has cached.
+        moves: |_, object| object.symlink_metadata().is_ok_and(|meta| meta.is_file()),
+    },
+    Difference {
         words: "by removing an ACL that is not there",
         without_acl: false,
         refuses: never,
         differs: no,
-        moves: |call| matches!(call, Call::RemoveXattr(_, name) if name.0.starts_with(b"system.posix_acl_")),
+        moves: |call, _| matches!(call, Call::RemoveXattr(_, name) if name.0.starts_with(b"system.posix_acl_")),
     },
 ];
 
@@ -139,6 +156,6 @@ pub(crate) fn differs(call: &Call, expected: &Seen, seen: &Seen) -> Option<usize
 }
 
 /// Which difference this is, where a time of change moves that ought not to.
-pub(crate) fn moves(call: &Call) -> Option<usize> {
-    DIFFERENCES.iter().position(|known| (known.moves)(call))
+pub(crate) fn moves(call: &Call, object: &Path) -> Option<usize> {
+    DIFFERENCES.iter().position(|known| (known.moves)(call, object))
 }

@@ -2,7 +2,7 @@
 //! every trace must be the same, but for what known.rs lists. Needs root, `/dev/fuse` and `fuse3`.
 //!
 //! - `LETHEFS_TEST_SEED` repeats a run that failed;
-//! - `LETHEFS_DIFFERENTIAL_CASES` says how many sequences each test runs.
+//! - `LETHEFS_DIFFERENTIAL_CASES` says how many sequences each test runs; without it they are the same few each time.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod calls;
@@ -16,7 +16,9 @@ mod world;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 
 use proptest::collection::vec;
@@ -197,7 +199,7 @@ impl Ground {
                 let expected = on_plain.get(name).copied();
                 if expected == Some([moved[0], false])
                     && moved[1]
-                    && let Some(known) = known::moves(call)
+                    && let Some(known) = known::moves(call, &mounted.root.join(OsStr::from_bytes(name)))
                 {
                     self.count(known);
                     moved[1] = false;
@@ -268,14 +270,17 @@ fn shortened(ground: &Ground, mut steps: Vec<Step>, mut what: String) -> (Vec<St
 
 fn random_sequences(acl: bool, usual: u64) {
     let from_env = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let seed = from_env("LETHEFS_TEST_SEED")
-        .unwrap_or_else(|| std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ()));
+    let asked = from_env("LETHEFS_DIFFERENTIAL_CASES");
+    let random = || std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+    // The same few each time for every commit; new ones for whoever asks for many.
+    let seed = from_env("LETHEFS_TEST_SEED").unwrap_or_else(|| if asked.is_some() { random() } else { 1 });
     println!("LETHEFS_TEST_SEED={seed}");
-    let cases = from_env("LETHEFS_DIFFERENTIAL_CASES").unwrap_or(usual);
+    let cases = asked.unwrap_or(usual);
     let ground = Ground::new(acl);
     for case in 0..cases {
         let steps = generated(seed.wrapping_add(case));
         if let Err(what) = ground.compare(&steps) {
+            println!("LETHEFS_TEST_SEED={} fails ({what}); shortening", seed.wrapping_add(case));
             let (steps, what) = shortened(&ground, steps, what);
             panic!("LETHEFS_DIFFERENTIAL_CASES=1 LETHEFS_TEST_SEED={}: {what}\n{steps:?}", seed.wrapping_add(case));
         }

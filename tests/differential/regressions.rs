@@ -96,6 +96,26 @@ fn a_default_list_bounds_what_a_new_object_allows() {
     holds(&steps);
 }
 
+/// Who is not the owner could take setuid and setgid bits away, with a chown that changes neither.
+#[test]
+fn only_the_owner_takes_privileges_away_without_writing() {
+    let mut steps = vec![root(Call::Chmod(at("a"), 0o6777)), root(Call::Mknod(at("p"), FileType::Fifo, 0o6777, 0))];
+    steps.push(root(Call::Chmod(at("p"), 0o6777)));
+    for path in ["a", "p"] {
+        steps.push(Step::Call(1, Call::Chown(at(path), None, None, true), true));
+    }
+    // Writing does.
+    steps.push(Step::Call(1, Call::Open(0, at("a"), OFlags::RDWR, 0), true));
+    steps.push(Step::Call(1, Call::Write(0, 100), true));
+    for change in
+        [Call::Ftruncate(0, 50), Call::Allocate(0, FallocateFlags::empty(), 0, 9000), Call::Fchown(0, None, None)]
+    {
+        steps.push(root(Call::Chmod(at("a"), 0o6777)));
+        steps.push(Step::Call(1, change, true));
+    }
+    holds(&steps);
+}
+
 #[test]
 fn a_namespace_is_no_attribute_name() {
     let name = || p("user.");

@@ -240,7 +240,7 @@ impl<'a> Whole<'a> {
                 meta.mode = *mode;
             }
             Step::Chown(_, uid, gid) => {
-                (changes.uid, changes.gid) = (*uid, *gid);
+                (changes.uid, changes.gid, changes.ctime) = (*uid, *gid, true);
                 (meta.uid, meta.gid) = (uid.unwrap_or(meta.uid), gid.unwrap_or(meta.gid));
                 if self.entries(node).is_none() && meta.mode & 0o010 != 0 {
                     meta.mode &= !0o2000;
