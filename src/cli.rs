@@ -20,7 +20,7 @@ use crate::audit::Expected;
 use crate::crypto::recovery::RecoveryKey;
 use crate::service::daemon::{self, Side, Told};
 use crate::service::supervisor::Role;
-use crate::service::{Error, audit, erase, fsck, init, keys, mount, revoke, slots, status, supervisor, umount};
+use crate::service::{Error, audit, erase, fsck, init, keys, log, mount, revoke, slots, status, supervisor, umount};
 use exit::ExitCode;
 use options::{Asked, parse_uri};
 
@@ -41,6 +41,7 @@ pub fn main() -> ! {
     let called = arguments.first().map(|name| std::path::Path::new(name).file_name().unwrap_or(name).to_string_lossy());
     let helper = called.is_some_and(|name| name.starts_with("mount.fuse") || name.starts_with("mount.lethefs"));
     let code = if helper { as_helper(arguments) } else { as_command(arguments) };
+    log::settle();
     crate::sys::process::end_at_once(code)
 }
 
@@ -142,7 +143,7 @@ fn start_log(verbose: u8) {
     // Always to descriptor 2, which a mount in the background points at its log file.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(log::Line::default)
         .with_ansi(false)
         .with_target(false)
         .try_init();

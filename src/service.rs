@@ -5,6 +5,7 @@
 //! - [`audit`]: where a volume's audit log is, checking it and showing it;
 //! - [`trust`]: the pin, which decides what a volume file is believed (docs/FORMAT.md section 4);
 //! - [`control`]: the socket of a live mount, both ends; [`record`]: what a live mount leaves in the runtime directory;
+//! - [`log`]: where lines of the log go;
 //! - `prover`: what a live mount asks the key services;
 //! - [`supervisor`]: the process without keys that clears up behind a dead daemon;
 //! - [`custody`]: renewal of the lease on a live mount's key, seal and resume;
@@ -23,6 +24,7 @@ pub mod fsck;
 pub mod init;
 pub mod journal;
 pub mod keys;
+pub mod log;
 pub mod mount;
 pub mod mountinfo;
 pub mod places;

@@ -520,13 +520,21 @@ impl Filesystem {
     /// Seals quiet files now and then, until [`stop_sealer`](Self::stop_sealer). Runs on a thread of its own.
     pub fn run_sealer(&self) {
         let mut stop = lock(&self.stop);
-        let mut ticks = 0;
+        let (mut ticks, mut lost) = (0, 0);
         while !*stop {
             stop = self.stopped.wait_timeout(stop, COMMIT).unwrap_or_else(PoisonError::into_inner).0;
             if *stop {
                 continue;
             }
             drop(stop);
+            let workers = self.counters.lost_workers.load(Ordering::Relaxed);
+            if workers > lost {
+                tracing::error!(
+                    workers,
+                    "a worker has ended with an error: the mount goes on with fewer; unmount it and mount it again"
+                );
+                lost = workers;
+            }
             ticks += 1;
             if ticks % (QUIET.as_secs() / COMMIT.as_secs()) == 0 && self.volume.keys().sealed().is_none() {
                 let horizon = self.now().saturating_sub(QUIET.as_secs());

@@ -20,7 +20,7 @@ use super::control::{self, Client, Op, Status};
 use super::custody::Alarm;
 use super::prover::Prover;
 use super::record::{self, Files, Record, path_text};
-use super::{Error, SCHEMA, backing, custody, fsck, journal, mountinfo, places, supervisor, trust, umount};
+use super::{Error, SCHEMA, backing, custody, fsck, journal, log, mountinfo, places, supervisor, trust, umount};
 use crate::crypto::VolumeId;
 use crate::fs::session::{MountHandle, MountOptions, Mounted};
 use crate::keyring::SealReason;
@@ -97,6 +97,7 @@ pub fn run(
     ready: impl FnOnce(&Report) -> Result<(), Error>,
 ) -> Result<(), Error> {
     process::harden();
+    log::on_a_thread();
     let backing_path = backing::canonical(&request.backing, "backing directory")?;
     let mountpoint = check_mountpoint(&request.mountpoint)?;
     check_paths(&backing_path, &mountpoint)?;
@@ -420,7 +421,8 @@ fn watch_signals(mut signals: Signals, handle: MountHandle, files: Files, pid: i
                 // No more than that: the supervisor has the kernel drop what it caches.
                 handle.abandon(SealReason::Unmounted);
                 files.remove(pid);
-                std::process::exit(1);
+                log::settle();
+                process::end_at_once(1);
             }
             asked |= !passed_on;
             if std::mem::replace(&mut ending, true) {

@@ -34,7 +34,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use self::overdue::{Next, Overdue};
 use super::custody::{running, tick};
 use super::record::{Files, path_text};
-use super::{Error, daemon, mountinfo};
+use super::{Error, daemon, log, mountinfo};
 use crate::sys::process::{self, Fork};
 use crate::sys::shared_list::SharedList;
 
@@ -170,10 +170,14 @@ impl Supervisor {
     pub fn watch(self) -> u8 {
         // It may see plaintext that nobody takes any more ([`notify::refuse_all`](crate::fs::notify::refuse_all)).
         process::harden();
+        log::on_a_thread();
         match self.wait() {
             Ended::With(code) => code,
             // As the daemon, so its supervisor: whoever waits for us learns how it ended.
-            Ended::By(signal) => process::end_by(signal),
+            Ended::By(signal) => {
+                log::settle();
+                process::end_by(signal)
+            }
         }
     }
 
@@ -229,11 +233,11 @@ impl Supervisor {
 
     /// Ends a daemon that stands still. One that is frozen, too, ends only once it is thawed, and is not waited for.
     fn kill(&self, pidfd: &OwnedFd) {
+        let _ = rustix::process::kill_process(self.daemon, Signal::KILL);
         tracing::error!(
             pid = self.daemon.as_raw_nonzero().get(),
             "the daemon stands still and has not renewed its lease on the key in time: it is killed"
         );
-        let _ = rustix::process::kill_process(self.daemon, Signal::KILL);
         let mut ends = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
         let _ = rustix::event::poll(&mut ends, Some(&timespec(DIES)));
     }

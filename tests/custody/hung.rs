@@ -255,3 +255,32 @@ def look(): return os.pwrite(f, b'2' * 4096, 0), os.fdatasync(f)";
     assert!(found[..4096] == [b'2'; 4096] && found[4096..] == [b'1'; 4096]);
     v.umount();
 }
+
+/// Nothing to unmount by force then, and on this machine perhaps no control files either.
+#[test]
+fn a_detached_mount_whose_daemon_dies_with_reads_under_way() {
+    let server = Server::start(Storage::Memory);
+    let (store, v, _heals) = on_faulty(&server);
+    v.mount(&[]);
+    for n in 0..12 {
+        fs::write(v.at(format!("f{n}")), vec![b'7'; 1 << 20]).unwrap();
+    }
+    v.remount(&[]);
+    let mut cached = Program::new(&v, HALF_CACHED);
+    let mut hangs = Program::new(&v, READ_THE_REST);
+    assert_eq!(cached.look(), "ok True");
+    store.hang_after(0, Quiet::Read);
+    assert_eq!(hangs.look(), "ok None");
+    store.wait_for_hung(4);
+    let daemon = v.daemon();
+    rustix::mount::unmount(v.mnt(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    rustix::process::kill_process(daemon, rustix::process::Signal::KILL).unwrap();
+    // It ends once the disk lets go of it, and takes with it what it was asked.
+    store.heal();
+    assert_eq!(v.daemon_exit(), None);
+    assert_eq!(cached.look(), "errno 107");
+    // Nobody is left waiting: what had been asked is ECONNABORTED, what is asked now ENOTCONN.
+    let ends = hangs.look();
+    assert!(["ok ['103']", "ok ['107']", "ok ['103', '107']"].contains(&ends.as_str()), "{ends}");
+    assert!(v.log().contains("its plaintext was dropped"), "{}", v.log());
+}

@@ -1,14 +1,18 @@
 //! A daemon that stands still: it hears of nothing, and its mount would serve on what is cached.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
+use std::process::{Child, Stdio};
 
-use rustix::process::{Signal, kill_process};
+use rustix::fs::OFlags;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::revoked::{all_fail, all_work, furnish, programs};
+use crate::supervisor::foreground_with;
 use crate::support::openbao::wait_for;
 use crate::support::volume::{TestVolume, mounts_below};
-use crate::{OFTEN, ask, custody, wait_for_state};
+use crate::{EKEYREVOKED, OFTEN, ask, wait_for_state};
 
 const ENOTCONN: i32 = 107;
 
@@ -18,11 +22,6 @@ fn a_daemon_that_was_stopped_is_killed_when_its_lease_is_over() {
     furnish(&v);
     let mut programs = programs(&v);
     all_work(&mut programs);
-    // For so long that it would be overdue if it did not renew.
-    for _ in 0..3 {
-        assert_eq!(custody(&v)["state"], "active");
-        std::thread::sleep(std::time::Duration::from_millis(700));
-    }
     kill_process(v.daemon(), Signal::STOP).unwrap();
     assert_eq!(v.daemon_exit(), None, "killed");
     all_fail(&mut programs, ENOTCONN);
@@ -44,8 +43,50 @@ fn due(v: &TestVolume) -> u64 {
     u64::from_ne_bytes(word)
 }
 
+/// A log that takes nothing: a pipe, full once something is mounted.
+fn full_log(v: &TestVolume) -> (Child, Pid, OwnedFd) {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let log = Stdio::from(writer.try_clone().unwrap());
+    let (child, daemon) = foreground_with(v, &[OFTEN, "--grace=1s"], log);
+    let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+    rustix::fs::fcntl_setfl(&writer, flags | OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&writer, b"\n").is_ok() {}
+    rustix::fs::fcntl_setfl(&writer, flags).unwrap();
+    (child, daemon, reader)
+}
+
 #[test]
-fn one_that_is_sealed_may_stand_still() {
+fn a_log_that_takes_nothing_holds_up_no_seal() {
+    let v = TestVolume::init();
+    let (mut child, _, log) = full_log(&v);
+    furnish(&v);
+    let mut programs = programs(&v);
+    all_work(&mut programs);
+    let (key, away) = (v.path("keys/key"), v.path("keys/away"));
+    fs::rename(&key, &away).unwrap();
+    wait_for("a refusal", || fs::metadata(v.at("file")).is_err().then_some(()));
+    all_fail(&mut programs, EKEYREVOKED);
+    drop((programs, log));
+    v.cli(&["umount", "mnt"]).is(0);
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_log_that_takes_nothing_holds_up_no_supervisor() {
+    let v = TestVolume::init();
+    let (mut child, daemon, log) = full_log(&v);
+    furnish(&v);
+    let mut programs = programs(&v);
+    all_work(&mut programs);
+    kill_process(daemon, Signal::STOP).unwrap();
+    child.wait().unwrap();
+    all_fail(&mut programs, ENOTCONN);
+    assert!(mounts_below(&v.path("")).is_empty(), "out of the way");
+    drop((programs, log));
+}
+
+#[test]
+fn what_is_sealed_is_not_overdue() {
     let v = TestVolume::mounted(&[OFTEN]);
     let first = due(&v);
     wait_for("a renewal to count", || (due(&v) > first && first > 0).then_some(()));

@@ -133,8 +133,12 @@ fn a_mount_of_ours_in_the_place_of_one_that_is_gone_is_left_alone() {
 
 /// `lethefs mount --foreground`: the process that was started, and the daemon's number.
 fn foreground(v: &TestVolume) -> (std::process::Child, Pid) {
-    let mut command = v.lethefs(&["mount", "backing", "mnt", "--foreground", "--json"]);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    foreground_with(v, &[], Stdio::null())
+}
+
+pub(crate) fn foreground_with(v: &TestVolume, options: &[&str], log: Stdio) -> (std::process::Child, Pid) {
+    let mut command = v.lethefs(&[&["mount", "backing", "mnt", "--foreground", "--json"], options].concat());
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
     let mut report = String::new();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     while serde_json::from_str::<serde_json::Value>(&report).is_err() {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use rustix::mount::UnmountFlags;
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 
 use super::Told;
 use crate::fs::seal::PURGE;
@@ -79,16 +80,28 @@ fn abort(told: &Told, there: bool) -> io::Result<()> {
         return Ok(rustix::mount::unmount(&told.mountpoint, flags)?);
     }
     // The minor number is the connection's, and the file the mounting user's (Documentation/filesystems/fuse.rst).
-    let minor = told.device.split(':').nth(1).unwrap_or_default();
-    let aborted = std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1");
+    let file = format!("{}/abort", told.device.split(':').nth(1).unwrap_or_default());
+    let aborted = std::fs::write(format!("/sys/fs/fuse/connections/{file}"), "1").or_else(|_| abort_unseen(&file));
     if there && let Err(error) = session::unmount_path(&told.mountpoint, true) {
         tracing::error!(%error, "cannot unmount what the daemon left");
     }
     aborted
 }
 
+/// The control files where nobody has mounted them, as in a container: mounted for this process's descriptor alone. Root only.
+///
+/// Without an abort what a dead daemon took with it stays locked, and so does whoever wants to drop it.
+fn abort_unseen(file: &str) -> io::Result<()> {
+    let control = mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    mount::fsconfig_create(&control)?;
+    let root = mount::fsmount(&control, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let abort = rustix::fs::openat(&root, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(&abort, b"1")?;
+    Ok(())
+}
+
 /// Has the kernel drop what it caches. How many inodes it knew; an error if it was not done when the time was up. A request that
-/// the daemon took with it keeps its page locked until the connection ends, which it does with this process.
+/// the daemon took with it keeps its page locked, and the thread that wants to drop it, until the connection is aborted.
 fn purge(fuse: &OwnedFd, inodes: Vec<u64>) -> Result<usize, usize> {
     let _ = notify::inc_epoch(fuse);
     let inodes = Arc::new(inodes);
