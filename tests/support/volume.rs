@@ -325,6 +325,9 @@ impl TestVolume {
 
     /// What the daemons logged.
     pub(crate) fn log(&self) -> String {
+        for daemon in &self.state().daemons {
+            log_is_written(daemon.pid);
+        }
         let files = fs::read_dir(self.path("run")).into_iter().flatten().flatten().map(|entry| entry.path());
         let logs = files.filter(|path| path.extension().is_some_and(|end| end == "log"));
         logs.map(|path| fs::read_to_string(path).unwrap_or_default()).collect()
@@ -389,5 +392,18 @@ pub(crate) fn mounts_below(dir: &Path) -> Vec<PathBuf> {
 fn detach_all(dir: &Path) {
     for point in mounts_below(dir) {
         let _ = rustix::mount::unmount(&point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+    }
+}
+
+/// Until a daemon that lives has written what it logged: its thread for that sleeps when nothing is left (`service/log.rs`).
+fn log_is_written(daemon: Pid) {
+    let asleep = |task: &Path| {
+        let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
+        let stat = fs::read_to_string(task.join("stat")).unwrap_or_default();
+        name.trim() != "lethefs-log" || stat.rsplit(") ").next().is_none_or(|rest| !rest.starts_with(['R', 'D']))
+    };
+    let tasks = PathBuf::from(format!("/proc/{}/task", daemon.as_raw_nonzero()));
+    while !fs::read_dir(&tasks).into_iter().flatten().flatten().all(|task| asleep(&task.path())) {
+        std::thread::yield_now();
     }
 }
