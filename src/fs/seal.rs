@@ -217,19 +217,36 @@ impl MountHandle {
     }
 
     /// Opens a sealed mount again under these KEKs, which the caller has held against their commitments; the last one is
-    /// current. Waits for a seal that is under way.
-    pub fn reopen(&self, keks: &[(u32, u32, &Key32)]) {
+    /// current. Waits for a seal that is under way. Whether it was sealed.
+    pub fn reopen(&self, keks: &[(u32, u32, &Key32)]) -> bool {
         let mut done = lock(&self.sealing);
-        if done.take().is_some() {
-            drop(lock(&self.refuser).take());
+        let was_sealed = done.take().is_some();
+        if was_sealed {
+            // Held: a purge that is still at it refuses nothing any more once this is open.
+            let mut refuser = lock(&self.refuser);
+            drop(refuser.take());
             self.fs.volume.keys().reopen(keks);
             self.fs.gate.open();
+        }
+        was_sealed
+    }
+
+    /// Refuses the writes that were let in and hang. Not if the mount was opened again meanwhile: those then are others.
+    fn refuse_writes(&self) {
+        let _reopen_waits = lock(&self.refuser);
+        if let Phase::Closed(why) = self.fs.gate.phase() {
+            for (ino, bytes) in self.fs.owed.refuse(true, why.into()) {
+                self.fs.dropped(ino, bytes);
+            }
         }
     }
 
     /// Says no in the place of workers that hang, if it is not done already.
     fn refuse_for_workers(&self) {
         let mut refuser = lock(&self.refuser);
+        if !matches!(self.fs.gate.phase(), Phase::Closed(_)) {
+            return;
+        }
         if refuser.as_ref().is_none_or(Refuser::is_over) {
             match Refuser::start(self.fs.clone(), self.device.as_fd()) {
                 Ok(started) => *refuser = Some(started),
@@ -302,10 +319,7 @@ impl MountHandle {
             }
             if refuse_writes && begun.elapsed() >= patience / 2 {
                 refuse_writes = false;
-                let why = self.fs.gate.check().err().unwrap_or(SealReason::Revoked);
-                for (ino, bytes) in self.fs.owed.refuse(true, why.into()) {
-                    self.fs.dropped(ino, bytes);
-                }
+                self.refuse_writes();
             }
         }
         if answered < total {
@@ -320,4 +334,52 @@ impl MountHandle {
 
 fn micros(begun: Instant) -> u64 {
     begun.elapsed().as_micros() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::mpsc::Sender;
+
+    use super::super::core::Filesystem;
+    use super::super::errno::Failed;
+    use super::super::owed::Debt;
+    use super::*;
+    use crate::volume::testing::{Vault, directory};
+
+    struct Write(Sender<i32>);
+
+    impl Debt for Write {
+        fn write(&self) -> Option<(u64, u64)> {
+            Some((7, 4096))
+        }
+
+        fn refuse(self, why: Failed) {
+            self.0.send(why.errno()).expect("heard");
+        }
+    }
+
+    #[test]
+    fn a_purge_that_is_late_refuses_nothing_of_a_mount_that_is_open_again() {
+        let (vault, dir) = (Vault::new(), directory());
+        vault.create(dir.path());
+        let fs = Arc::new(Filesystem::new(vault.open(dir.path()).expect("open"), 16, false));
+        let (_reader, device) = rustix::pipe::pipe().expect("a pipe");
+        let handle = MountHandle {
+            fs: fs.clone(),
+            device: Arc::new(device),
+            sealing: Arc::default(),
+            refuser: Arc::default(),
+            mountpoint: Arc::new(PathBuf::new()),
+            workers: 1,
+        };
+        let (say, said) = channel();
+        let place = fs.owed.place();
+        place.put(Write(say));
+        handle.refuse_writes();
+        assert_eq!((said.try_recv().ok(), fs.gate.dropped()), (None, 0), "it is open");
+        fs.gate.close(SealReason::Revoked);
+        handle.refuse_writes();
+        assert_eq!((said.try_recv().ok(), fs.gate.dropped()), (Some(libc::EKEYREVOKED), 4096));
+    }
 }

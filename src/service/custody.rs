@@ -283,14 +283,16 @@ impl Custody {
                         let seals = inner.lease.proved() + inner.lease.terms().longest();
                         self.list.set_due(Some(Due::SinceBoot(seals)));
                     }
-                    self.handle.reopen(&[(fetched.scope, fetched.version, &fetched.kek)]);
-                    tracing::warn!("resumed");
-                    let resumed = Event::Resume {
-                        why: "proved".into(),
-                        slot: Some(fetched.slot),
-                        request_id: fetched.request_id,
-                    };
-                    self.recorder.record(None, resumed);
+                    // A proof that overtook a drain has kept the mount from being sealed at all.
+                    if self.handle.reopen(&[(fetched.scope, fetched.version, &fetched.kek)]) {
+                        tracing::warn!("resumed");
+                        let resumed = Event::Resume {
+                            why: "proved".into(),
+                            slot: Some(fetched.slot),
+                            request_id: fetched.request_id,
+                        };
+                        self.recorder.record(None, resumed);
+                    }
                 }
             }
             Err(failed) => {
