@@ -166,8 +166,8 @@ def source_tree(root, into, quick):
         packages = [part.split("\n") for part in lock.read().split("[[package]]\n")[1:]]
     field = lambda part, key: next((line.split('"')[1] for line in part if line.startswith(f"{key} = ")), None)
     registry = os.path.join(os.environ.get("CARGO_HOME", os.path.expanduser("~/.cargo")), "registry", "src")
-    (registry,) = [at.path for at in os.scandir(registry) if at.name.startswith("index.crates.io-")]
     names = [f"{field(p, 'name')}-{field(p, 'version')}" for p in packages if field(p, "name") in wanted]
+    registry = max((at.path for at in os.scandir(registry)), key=lambda at: len(set(names) & set(os.listdir(at))))
     names = sorted(name for name in names if os.path.isdir(os.path.join(registry, name)))
     tar = os.path.join(into, "tree.tar")
     shell("tar", "--sort=name", "-cf", tar, "-C", registry, *names)

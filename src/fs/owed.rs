@@ -56,7 +56,7 @@ impl<D: Debt> Refusable for Place<D> {
 pub struct Owed(Mutex<Vec<Arc<dyn Refusable>>>);
 
 impl Owed {
-    /// A place for a worker, for as long as it lives.
+    /// A place for a worker. Stays here when that ends, and is empty then.
     pub fn place<D: Debt>(&self) -> Arc<Place<D>> {
         let place = Arc::new(Place(Mutex::new(None)));
         lock(&self.0).push(place.clone());

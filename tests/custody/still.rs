@@ -12,7 +12,7 @@ use crate::revoked::{all_fail, all_work, furnish, programs};
 use crate::supervisor::foreground_with;
 use crate::support::openbao::wait_for;
 use crate::support::volume::{TestVolume, mounts_below};
-use crate::{EKEYREVOKED, OFTEN, ask, wait_for_state};
+use crate::{EKEYREVOKED, OFTEN, Program, ask, wait_for_state};
 
 const ENOTCONN: i32 = 107;
 
@@ -43,8 +43,8 @@ fn due(v: &TestVolume) -> u64 {
     u64::from_ne_bytes(word)
 }
 
-/// A log that takes nothing: a pipe, full once something is mounted.
-fn full_log(v: &TestVolume) -> (Child, Pid, OwnedFd) {
+/// A mount that programs are at work in, with a log that takes nothing: a pipe, full once it is mounted.
+fn with_a_full_log(v: &TestVolume) -> (Child, Pid, OwnedFd, Vec<(&'static str, Program)>) {
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     let log = Stdio::from(writer.try_clone().unwrap());
     let (child, daemon) = foreground_with(v, &[OFTEN, "--grace=1s"], log);
@@ -52,16 +52,16 @@ fn full_log(v: &TestVolume) -> (Child, Pid, OwnedFd) {
     rustix::fs::fcntl_setfl(&writer, flags | OFlags::NONBLOCK).unwrap();
     while rustix::io::write(&writer, b"\n").is_ok() {}
     rustix::fs::fcntl_setfl(&writer, flags).unwrap();
-    (child, daemon, reader)
+    furnish(v);
+    let mut programs = programs(v);
+    all_work(&mut programs);
+    (child, daemon, reader, programs)
 }
 
 #[test]
 fn a_log_that_takes_nothing_holds_up_no_seal() {
     let v = TestVolume::init();
-    let (mut child, _, log) = full_log(&v);
-    furnish(&v);
-    let mut programs = programs(&v);
-    all_work(&mut programs);
+    let (mut child, _, log, mut programs) = with_a_full_log(&v);
     let (key, away) = (v.path("keys/key"), v.path("keys/away"));
     fs::rename(&key, &away).unwrap();
     wait_for("a refusal", || fs::metadata(v.at("file")).is_err().then_some(()));
@@ -74,10 +74,7 @@ fn a_log_that_takes_nothing_holds_up_no_seal() {
 #[test]
 fn a_log_that_takes_nothing_holds_up_no_supervisor() {
     let v = TestVolume::init();
-    let (mut child, daemon, log) = full_log(&v);
-    furnish(&v);
-    let mut programs = programs(&v);
-    all_work(&mut programs);
+    let (mut child, daemon, log, mut programs) = with_a_full_log(&v);
     kill_process(daemon, Signal::STOP).unwrap();
     child.wait().unwrap();
     all_fail(&mut programs, ENOTCONN);

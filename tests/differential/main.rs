@@ -28,6 +28,7 @@ use rustix::fs::OFlags;
 use rustix::time::ClockId;
 
 use calls::Call;
+use support::bytes;
 use support::disk::Disk;
 use support::volume::TestVolume;
 use world::World;
@@ -41,18 +42,6 @@ pub(crate) enum Step {
     DropCaches,
     /// Unmounted and mounted again. Nothing stays open.
     Remount,
-}
-
-/// Bytes that compress and repeat nowhere near a block.
-pub(crate) fn bytes(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    };
-    std::iter::repeat_with(next).take(len).collect()
 }
 
 /// The two sides lie on one ext4: a directory of it, and the volume whose backing directory is another.

@@ -22,6 +22,8 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use rustix::fs::{Gid, Uid};
 
+use support::bytes;
+
 /// The errno of what must have failed.
 #[track_caller]
 pub(crate) fn errno<T, E: Into<io::Error>>(result: Result<T, E>) -> i32 {
@@ -55,18 +57,6 @@ pub(crate) fn names(dir: impl AsRef<std::path::Path>) -> Vec<Vec<u8>> {
     let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().as_bytes().to_vec()).collect();
     names.sort();
     names
-}
-
-/// Bytes that compress and repeat nowhere near a block.
-pub(crate) fn bytes(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    };
-    std::iter::repeat_with(next).take(len).collect()
 }
 
 /// A Python 3 with the standard library and `cryptography`.

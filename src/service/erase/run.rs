@@ -51,7 +51,8 @@ impl Confirmed {
     /// Erases. May be killed at any instant and run again.
     ///
     /// # Errors
-    /// Only what keeps it from writing its journal; a key that cannot be destroyed is an incomplete [`Outcome`].
+    /// [`Error::NotAllKeys`] before anything is changed, [`Error::StillRestorable`] before anything is destroyed, and what keeps it
+    /// from writing its journal; a key that cannot be destroyed is an incomplete [`Outcome`].
     pub fn run(self) -> Result<Outcome, Error> {
         let (begun_before, targets) = (self.begun_before(), &self.prepared.targets);
         let places: Vec<KeyPlace> = targets.iter().map(|target| KeyPlace::look(target, &begun_before)).collect();
