@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 use serde_json::Value;
 
+use crate::outage::Network;
 use crate::support::at_openbao::volume;
 use crate::support::openbao::{Server, Storage, wait_for};
 use crate::support::volume::TestVolume;
@@ -179,21 +180,29 @@ fn from_the_last_proof_to_the_last_read_when_cut_off() {
     let mut measured = Vec::new();
     for _ in 0..rounds {
         let server = Server::start(Storage::Memory);
+        let network = Network::before(&server);
         let v = volume(&server, "vol");
+        v.env("VAULT_ADDR", network.address.clone());
         v.mount(&[OFTEN, "--grace=1s"]);
         furnish(&v);
+        let fio = load(&v);
         let observers = observe(&v);
         let bound = custody(&v)["bound_partitioned_s"].as_f64().unwrap();
         // Cut off first, then revoked: nobody here can know.
-        server.stop();
+        network.cut();
         let cut = now();
+        server.delete_key("vol");
         let ends = last_successes(observers);
+        if let Some(mut fio) = fio {
+            assert!(!fio.wait().unwrap().success(), "fio went on");
+        }
         let last = ends.iter().map(|(_, at)| *at).fold(0.0, f64::max);
         measured.push(last - cut);
         assert!(last - cut <= bound, "{} s after the cut; declared: {bound} s", last - cut);
         // A seal that is under way has the mount in use for a moment.
         wait_for_state(&v, "expired");
-        server.cont();
+        network.mend();
+        wait_for_state(&v, "destroyed");
         v.umount();
     }
     figures("from the cut to the last read, grace 1 s", measured);
